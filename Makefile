@@ -1,0 +1,45 @@
+# Everything a checkout can do. It needs Python 3.11 or 3.12, make and bash, and keeps what it installs in .venv.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+VENV_PYTHON := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help core dev demo test test-all check bench clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
+	  printf '  make %-9s %s\n' "$$name" "$$text"; done
+	@echo
+	@echo "  PYTHON=python3.12         the Python that .venv is made with (3.11 or 3.12)"
+	@echo "  PYTEST_ARGS='-n 2 -k moe' more arguments for pytest"
+
+core:  ## install the package into .venv
+	@bash scripts/environment.sh core "$(PYTHON)" "$(origin PYTHON)"
+
+dev:  ## install the package and the tools of its developers into .venv
+	@bash scripts/environment.sh dev "$(PYTHON)" "$(origin PYTHON)"
+
+demo: core  ## show in a few minutes on a CPU what the package does
+	@$(VENV_PYTHON) examples/demo.py
+
+test: dev  ## run the tests, less the slow ones
+	$(VENV_PYTHON) -m pytest -q $(PYTEST_ARGS) tests
+
+test-all: dev  ## run all tests
+	$(VENV_PYTHON) -m pytest -q -m "slow or not slow" $(PYTEST_ARGS) tests
+
+check: dev  ## lint, format, types and the rules of the house
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+	$(VENV_PYTHON) -m mypy glm_jax
+	$(VENV_PYTHON) -m pytest -q tests/house
+
+bench: core  ## measure what a CPU can measure
+	$(VENV_PYTHON) benchmarks/cpu.py
+
+clean:  ## remove .venv, build outputs and caches
+	@echo "removing .venv, build outputs and caches"
+	@rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
+	@find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

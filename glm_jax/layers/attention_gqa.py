@@ -1,0 +1,69 @@
+"""Grouped-query attention with optional biases and per-head norm of queries and keys (QK-norm).
+
+The order is the reference's: project, add the bias, normalise each head, rotate.
+"""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from glm_jax.configs import GqaConfig
+from glm_jax.layers.attention_core import attend
+from glm_jax.layers.kv_cache import KvCache
+from glm_jax.layers.linear import project, project_reduce
+from glm_jax.layers.norm import RmsNorm
+from glm_jax.layers.rope import rotate
+from glm_jax.layers.step import Step
+from glm_jax.sharding import Constant, Normal, declare
+
+
+class GqaAttention(nnx.Module):
+    """Weights in Hugging Face's orientation with the heads apart: q [N, H, D], k and v [K, H, D], o [D, N, H]."""
+
+    def __init__(self, config: GqaConfig, embed_dim: int, *, norm_eps: float, initializer_range: float):
+        normal, zero = Normal(initializer_range), Constant(0.0)
+
+        def heads(axis: str, count: int) -> nnx.Param:
+            shape = (count, config.head_dim, embed_dim)
+            return declare(shape, (axis, "head_dim", "embed"), initializer=normal)
+
+        def bias(axis: str, count: int) -> nnx.Param | None:
+            if not config.qkv_bias:
+                return None
+            return declare((count, config.head_dim), (axis, "head_dim"), initializer=zero)
+
+        def norm() -> RmsNorm | None:
+            return RmsNorm(config.head_dim, eps=norm_eps, axis="head_dim") if config.qk_norm else None
+
+        self.q, self.q_bias, self.q_norm = heads("heads", config.num_heads), bias("heads", config.num_heads), norm()
+        self.k, self.k_bias, self.k_norm = heads("kv_heads", config.num_kv_heads), bias("kv_heads", config.num_kv_heads), norm()
+        self.v, self.v_bias = heads("kv_heads", config.num_kv_heads), bias("kv_heads", config.num_kv_heads)
+        self.o = declare(
+            (embed_dim, config.num_heads, config.head_dim), ("embed", "heads", "head_dim"), initializer=normal
+        )
+
+    def __call__(
+        self, x: jax.Array, step: Step, cache: KvCache | None, layer: jax.Array | None
+    ) -> tuple[jax.Array, KvCache | None]:
+        """Attention of x [B, T, D] over its own sequences; returns [B, T, D] and the cache with the new rows."""
+        q = _head_project(x, self.q, self.q_bias, self.q_norm)
+        k = _head_project(x, self.k, self.k_bias, self.k_norm)
+        v = _head_project(x, self.v, self.v_bias, None)
+        q, k = rotate(q, step.rotation), rotate(k, step.rotation)
+        if cache is not None:
+            cache = cache.write(k, v, step.positions, layer)
+        if step.fresh:
+            keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        else:
+            assert cache is not None, "a pass that continues sequences needs their cache"
+            keys, values = cache.read(layer)
+        out = attend(q, keys, values, last_key=step.positions)
+        return project_reduce("btnh,dnh->btd", out, self.o[...]), cache
+
+
+def _head_project(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None, norm: RmsNorm | None) -> jax.Array:
+    heads = project("btd,nhd->btnh", x, weight[...])
+    if bias is not None:
+        heads = heads + bias[...].astype(heads.dtype)
+    return heads if norm is None else norm(heads)

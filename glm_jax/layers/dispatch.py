@@ -1,0 +1,49 @@
+"""Tokens to the devices that hold their experts, and the results back.
+
+The region is a `shard_map`: gather the tokens over the axes that hold experts, run the local experts on them, and sum
+the partial results back to where each token lives (reduce-scatter over those axes, all-reduce over the expert width).
+Which axes these are is read off the arrays' own layouts.
+"""
+
+from __future__ import annotations
+
+import jax
+from jax import lax
+
+from glm_jax.layers.experts import Experts
+from glm_jax.sharding import axes_of, spec_of
+
+
+def run_experts(
+    x: jax.Array, ids: jax.Array, weights: jax.Array, *, gate_up: jax.Array, down: jax.Array, experts: Experts
+) -> jax.Array:
+    """Routed experts on x [B, T, D] with ids and weights [B, T, K]; gate_up [E, 2, F, D], down [E, D, F] -> [B, T, D]."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return _flat(experts, x, ids, weights, gate_up, down)
+    expert_axes, width_axes = axes_of(gate_up, 0), axes_of(gate_up, 2)
+    shared = tuple(axis for axis in axes_of(x, 0) if axis in expert_axes)
+    reduced = tuple(axis for axis in (*expert_axes, *width_axes) if axis not in shared)
+
+    def region(x, ids, weights, gate_up, down):
+        for axis in reversed(shared):
+            x, ids, weights = (lax.all_gather(a, axis, axis=0, tiled=True) for a in (x, ids, weights))
+        if expert_axes:
+            ids = ids - lax.axis_index(expert_axes) * gate_up.shape[0]
+        partial = _flat(experts, x, ids, weights, gate_up, down)
+        if reduced:
+            partial = lax.psum(partial, reduced)
+        for axis in shared:
+            partial = lax.psum_scatter(partial, axis, scatter_dimension=0, tiled=True)
+        return partial
+
+    out = spec_of(axes_of(x, 0), axes_of(x, 1), None)
+    return jax.shard_map(region, out_specs=out)(x, ids, weights, gate_up, down)
+
+
+def _flat(
+    experts: Experts, x: jax.Array, ids: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array
+) -> jax.Array:
+    batch, length, embed = x.shape
+    tokens = batch * length
+    y = experts(x.reshape(tokens, embed), ids.reshape(tokens, -1), weights.reshape(tokens, -1), gate_up, down)
+    return y.reshape(batch, length, embed)

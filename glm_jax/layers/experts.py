@@ -1,0 +1,134 @@
+"""The routed experts of one device as named implementations of one interface.
+
+    implementation(x_TD, ids_TK, weights_TK, gate_up_E2FD, down_EDF) -> y_TD
+
+y[t] = sum over k of weights[t, k] * expert[ids[t, k]](x[t]). The E experts are those of this device; an id outside
+0..E-1 means an expert elsewhere and adds nothing. No implementation drops a token.
+
+    dense    every expert on every token, by one einsum: the reference, and right where a batch touches all experts
+    blocks   rows sorted by expert and padded to blocks, each block with its expert's weights gathered: any platform
+    ragged   rows sorted by expert, `lax.ragged_dot`: TPU and training (dense and slow on NVIDIA and CPU)
+    switch   a loop over the experts hit with a tight product each: CPU
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from glm_jax.layers.experts_switch import switch_experts
+from glm_jax.layers.linear import precision_of
+from glm_jax.layers.mlp import swiglu
+
+Experts = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+MAX_BLOCK_ROWS = 128
+
+
+def dense_experts(
+    x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, gate_up_E2FD: jax.Array, down_EDF: jax.Array
+) -> jax.Array:
+    """All local experts on all tokens; those not chosen get weight 0."""
+    precision = precision_of(x_TD.dtype)
+    chosen_TKE = ids_TK[:, :, None] == jnp.arange(down_EDF.shape[0])
+    weights_TE = jnp.sum(jnp.where(chosen_TKE, weights_TK[:, :, None], 0.0), axis=1)
+    gate_up = jnp.einsum("td,ecfd->etcf", x_TD, gate_up_E2FD, precision=precision)
+    hidden = swiglu(gate_up[:, :, 0], gate_up[:, :, 1])
+    outputs = jnp.einsum("etf,edf->etd", hidden, down_EDF, precision=precision)
+    return jnp.einsum(
+        "etd,te->td", outputs.astype(jnp.float32), weights_TE, precision=lax.Precision.HIGHEST
+    ).astype(x_TD.dtype)
+
+
+def ragged_experts(
+    x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, gate_up_E2FD: jax.Array, down_EDF: jax.Array
+) -> jax.Array:
+    """Rows sorted by expert, one grouped product over runs of unequal length."""
+    experts, _, width, embed = gate_up_E2FD.shape
+    order, counts = _sort_by_expert(ids_TK, experts)
+    rows = x_TD[order // ids_TK.shape[1]]
+    precision = precision_of(x_TD.dtype)
+    gate_up = lax.ragged_dot(
+        rows, gate_up_E2FD.reshape(experts, 2 * width, embed).swapaxes(1, 2), counts, precision=precision
+    )
+    hidden = swiglu(gate_up[:, :width], gate_up[:, width:])
+    outputs = lax.ragged_dot(hidden, down_EDF.swapaxes(1, 2), counts, precision=precision)
+    return _combine(outputs[jnp.argsort(order)], ids_TK, weights_TK, experts)
+
+
+def block_experts(
+    x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, gate_up_E2FD: jax.Array, down_EDF: jax.Array
+) -> jax.Array:
+    """Rows sorted by expert and padded to whole blocks; each block multiplies with its expert's weights.
+
+    The block is about the rows an expert gets on average, so that one token reads K experts and a long prompt reads
+    each expert a few times.
+    """
+    experts = down_EDF.shape[0]
+    tokens, choices = ids_TK.shape
+    rows = tokens * choices
+    block = min(MAX_BLOCK_ROWS, max(1, 1 << (rows // experts).bit_length() - 1))
+    blocks = min(rows, rows // block + experts)
+    order, counts = _sort_by_expert(ids_TK, experts)
+    blocks_of_expert = -(-counts // block)
+    last_block = jnp.cumsum(blocks_of_expert)
+    expert_of_block = jnp.sum(jnp.arange(blocks)[:, None] >= last_block, axis=1)
+    # Where each sorted row lies among the padded blocks: its expert's first block, then its rank in that expert.
+    expert_of_row = jnp.where(_is_local(ids_TK, experts), ids_TK, experts).reshape(-1)[order]
+    first_row = jnp.append(jnp.cumsum(counts) - counts, 0)[expert_of_row]
+    first_block = jnp.append(last_block - blocks_of_expert, blocks)[expert_of_row]
+    place = first_block * block + jnp.arange(rows) - first_row
+    source = jnp.full(blocks * block, rows, jnp.int32).at[place].set(order.astype(jnp.int32), mode="drop")
+    packed = x_TD.at[source // choices].get(mode="fill", fill_value=0).reshape(blocks, block, -1)
+    expert_of_block = jnp.minimum(expert_of_block, experts - 1)
+    precision = precision_of(x_TD.dtype)
+    gate_up = jnp.einsum("btd,bcfd->btcf", packed, gate_up_E2FD[expert_of_block], precision=precision)
+    hidden = swiglu(gate_up[:, :, 0], gate_up[:, :, 1])
+    outputs = jnp.einsum("btf,bdf->btd", hidden, down_EDF[expert_of_block], precision=precision)
+    place_of_choice = jnp.zeros(rows, jnp.int32).at[order].set(place.astype(jnp.int32))
+    outputs = outputs.reshape(blocks * block, -1).at[place_of_choice].get(mode="fill", fill_value=0)
+    return _combine(outputs, ids_TK, weights_TK, experts)
+
+
+def _is_local(ids_TK: jax.Array, experts: int) -> jax.Array:
+    return (ids_TK >= 0) & (ids_TK < experts)
+
+
+def _sort_by_expert(ids_TK: jax.Array, experts: int) -> tuple[jax.Array, jax.Array]:
+    """The stable order of all choices by expert (those elsewhere last), and the number of rows of each expert."""
+    flat = jnp.where(_is_local(ids_TK, experts), ids_TK, experts).reshape(-1)
+    counts = jnp.sum(flat[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
+    return jnp.argsort(flat, stable=True), counts
+
+
+def _combine(outputs_RD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, experts: int) -> jax.Array:
+    """Weighted sum of the choices of each token, in a fixed order: deterministic, unlike a scatter-add."""
+    tokens, choices = ids_TK.shape
+    weights = jnp.where(_is_local(ids_TK, experts), weights_TK, 0.0)
+    outputs = outputs_RD.reshape(tokens, choices, -1).astype(jnp.float32)
+    outputs = jnp.where(_is_local(ids_TK, experts)[:, :, None], outputs, 0.0)
+    summed = jnp.einsum("tkd,tk->td", outputs, weights, precision=lax.Precision.HIGHEST)
+    return summed.astype(outputs_RD.dtype)
+
+
+IMPLEMENTATIONS: dict[str, Experts] = {
+    "dense": dense_experts,
+    "blocks": block_experts,
+    "ragged": ragged_experts,
+    "switch": switch_experts,
+}
+
+
+def choose(platform: str, tokens: int, choices: int, experts: int) -> str:
+    """The implementation for a platform (`cpu`, `gpu`, `tpu`), the tokens of a pass and the local experts.
+
+    CPU and TPU forms are measured and compiled choices; on GPU a decode batch that touches most experts reads them
+    all once (`dense`), a smaller or much larger one goes by blocks.
+    """
+    if platform == "cpu":
+        return "switch"
+    if platform == "tpu":
+        return "dense" if tokens * choices <= 4 * experts else "ragged"
+    return "dense" if experts <= tokens * choices <= 8 * experts else "blocks"

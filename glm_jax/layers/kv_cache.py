@@ -1,0 +1,54 @@
+"""Keys and values of one layer, or of a stacked group of layers, written in place.
+
+The layout is [B, K, S, H] a layer, with a leading L where a group is stacked. New rows go in by a scatter at each
+sequence's own positions, inside `shard_map` so that it stays local. Compiled for real chips, a dynamic_update_slice
+into a stacked carry makes the TPU lay out the whole cache anew twice a step, and [B, S, K, H] makes the GPU transpose
+it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["k", "v"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class KvCache:
+    """Keys and values [B, K, S, H], or [L, B, K, S, H] of a stacked group."""
+
+    k: jax.Array
+    v: jax.Array
+
+    @property
+    def length(self) -> int:
+        """Rows a sequence has room for."""
+        return self.k.shape[-2]
+
+    def write(self, k: jax.Array, v: jax.Array, positions: jax.Array, layer: jax.Array | None) -> KvCache:
+        """Put k, v [B, T, K, H] into the rows `positions` [B, T] (those beyond the cache are dropped)."""
+        return KvCache(_scatter(self.k, k, positions, layer), _scatter(self.v, v, positions, layer))
+
+    def read(self, layer: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """The keys and values [B, K, S, H] of one layer (`layer` None where the cache is one layer's own)."""
+        if layer is None:
+            return self.k, self.v
+        take = functools.partial(jax.lax.dynamic_index_in_dim, index=layer, axis=0, keepdims=False)
+        return take(self.k), take(self.v)
+
+
+def _scatter(rows: jax.Array, new: jax.Array, positions: jax.Array, layer: jax.Array | None) -> jax.Array:
+    def local(rows, new, positions, layer):
+        sequences = jnp.arange(new.shape[0])[:, None]
+        new = new.astype(rows.dtype)
+        if rows.ndim == 4:
+            return rows.at[sequences, :, positions].set(new)
+        return rows.at[layer, sequences, :, positions].set(new)
+
+    layer = jnp.int32(0) if layer is None else layer
+    if jax.sharding.get_abstract_mesh().empty:
+        return local(rows, new, positions, layer)
+    return jax.shard_map(local, out_specs=jax.typeof(rows).sharding.spec)(rows, new, positions, layer)

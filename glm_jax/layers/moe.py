@@ -1,0 +1,51 @@
+"""The mixture-of-experts layer: router, routed experts, shared experts (arXiv 2401.06066)."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from glm_jax.configs import MoeConfig
+from glm_jax.layers.dispatch import run_experts
+from glm_jax.layers.experts import IMPLEMENTATIONS, choose
+from glm_jax.layers.mlp import Mlp
+from glm_jax.layers.router import Router
+from glm_jax.layers.step import Step
+from glm_jax.sharding import Normal, declare
+
+
+class Experts(nnx.Module):
+    """The weights of all routed experts: gate and up as one leaf [E, 2, F, D], down [E, D, F]."""
+
+    def __init__(self, config: MoeConfig, embed_dim: int, *, initializer_range: float):
+        normal, experts, width = Normal(initializer_range), config.num_experts, config.expert_width
+        self.gate_up = declare((experts, 2, width, embed_dim), ("expert", None, "mlp", "embed"), initializer=normal)
+        self.down = declare((experts, embed_dim, width), ("expert", "embed", "mlp"), initializer=normal)
+
+
+class Moe(nnx.Module):
+    """Routed experts, weighted, plus the shared experts, unweighted, on the same input."""
+
+    def __init__(self, config: MoeConfig, embed_dim: int, *, initializer_range: float):
+        self.config = config
+        self.router = Router(config, embed_dim, initializer_range=initializer_range)
+        self.experts = Experts(config, embed_dim, initializer_range=initializer_range)
+        shared_width = config.num_shared_experts * config.expert_width
+        self.shared = Mlp(embed_dim, shared_width, initializer_range=initializer_range) if shared_width else None
+
+    def __call__(self, x: jax.Array, step: Step) -> jax.Array:
+        """x [B, T, D] -> [B, T, D]."""
+        routing = self.router(x)
+        tokens, config = x.shape[0] * x.shape[1], self.config
+        name = step.kernels.experts or choose(
+            jax.default_backend(), tokens, config.num_experts_per_token, config.num_experts
+        )
+        routed = run_experts(
+            x,
+            routing.ids,
+            routing.weights,
+            gate_up=self.experts.gate_up[...],
+            down=self.experts.down[...],
+            experts=IMPLEMENTATIONS[name],
+        )
+        return routed if self.shared is None else routed + self.shared(x)

@@ -1,0 +1,41 @@
+"""What all layers of one forward pass share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+
+from glm_jax.layers.rope import Rotation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """Named implementations, chosen once per platform; `None` leaves the choice to the platform and token count.
+
+    Attributes:
+        experts: one of `layers.experts.IMPLEMENTATIONS`.
+    """
+
+    experts: str | None = None
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["positions", "rotation"], meta_fields=["fresh", "kernels"]
+)
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One pass over tokens [B, T].
+
+    Attributes:
+        positions: int32 [B, T], the row of each token in its sequence and in the cache.
+        rotation: the rotary angles of these positions.
+        fresh: the sequences start in this pass (positions are 0..T-1), so that attention needs no cache.
+        kernels: the implementations to use.
+    """
+
+    positions: jax.Array
+    rotation: Rotation
+    fresh: bool
+    kernels: Kernels

@@ -1,0 +1,76 @@
+"""One pre-norm decoder layer, and the MTP layer that wraps one more."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from glm_jax.configs import GqaConfig, ModelConfig
+from glm_jax.layers.attention_gqa import GqaAttention
+from glm_jax.layers.embedding import Embedding, Head
+from glm_jax.layers.kv_cache import KvCache
+from glm_jax.layers.linear import project
+from glm_jax.layers.mlp import Mlp
+from glm_jax.layers.moe import Moe
+from glm_jax.layers.norm import RmsNorm
+from glm_jax.layers.step import Step
+from glm_jax.sharding import Normal, declare
+
+
+class DecoderLayer(nnx.Module):
+    """h = x + attention(norm(x)); h + mlp(norm(h)), the MLP being dense or a mixture of experts."""
+
+    def __init__(self, config: ModelConfig, *, experts: bool):
+        size, std = config.embed_dim, config.initializer_range
+        self.attention_norm = RmsNorm(size, eps=config.norm_eps)
+        self.attention = _attention(config)
+        self.mlp_norm = RmsNorm(size, eps=config.norm_eps)
+        self.mlp = None if experts else Mlp(size, config.mlp_width, initializer_range=std)
+        self.moe = Moe(config.moe, size, initializer_range=std) if experts else None
+
+    def __call__(
+        self, x: jax.Array, step: Step, cache: KvCache | None, layer: jax.Array | None
+    ) -> tuple[jax.Array, KvCache | None]:
+        """x [B, T, D] -> [B, T, D] and the cache with this pass's rows (`layer`: its index in a stacked cache)."""
+        attended, cache = self.attention(self.attention_norm(x), step, cache, layer)
+        x = x + attended
+        normal = self.mlp_norm(x)
+        return x + (self.moe(normal, step) if self.mlp is None else self.mlp(normal)), cache
+
+
+def _attention(config: ModelConfig) -> GqaAttention:
+    match config.attention:
+        case GqaConfig() as gqa:
+            return GqaAttention(
+                gqa, config.embed_dim, norm_eps=config.norm_eps, initializer_range=config.initializer_range
+            )
+
+
+class MtpLayer(nnx.Module):
+    """Multi-token prediction: from the hidden state of token t and the embedding of token t + 1, token t + 2.
+
+    The input is [embedding | hidden], each normalised; the hidden state is the model's after its final norm
+    (DeepSeek-V3, arXiv 2412.19437, section 2.2, as GLM-4.5's checkpoints have it). `embedding` and `head` are the
+    checkpoint's copies of the main ones: declared so that they are counted and kept, never used in the forward pass.
+    """
+
+    def __init__(self, config: ModelConfig):
+        size = config.embed_dim
+        self.embed_norm = RmsNorm(size, eps=config.norm_eps)
+        self.hidden_norm = RmsNorm(size, eps=config.norm_eps)
+        self.projection = declare(
+            (size, 2 * size), ("embed", None), initializer=Normal(config.initializer_range)
+        )
+        self.layer = DecoderLayer(config, experts=True)
+        self.norm = RmsNorm(size, eps=config.norm_eps)
+        self.embedding = Embedding(config) if config.mtp_copies else None
+        self.head = Head(config) if config.mtp_copies else None
+
+    def __call__(
+        self, embedded: jax.Array, hidden: jax.Array, step: Step, cache: KvCache | None
+    ) -> tuple[jax.Array, KvCache | None]:
+        """Embeddings of the next tokens and hidden states [B, T, D] -> normalised hidden states for the head."""
+        joined = jnp.concatenate([self.embed_norm(embedded), self.hidden_norm(hidden)], axis=-1)
+        x, cache = self.layer(project("btc,dc->btd", joined, self.projection[...]), step, cache, None)
+        return self.norm(x), cache

@@ -1,0 +1,94 @@
+"""Groups of equal layers, stacked under a scan or unrolled; nothing else knows which.
+
+A group is one `DecoderLayer` whose weights have a leading layer dimension (stacked), or an `nnx.List` of layers
+(unrolled). TPU decode and training want the scan, where the compiler fuses each layer's slice into its products. GPU
+and CPU decode want the unrolled form: there a slice of a stacked weight is a copy, gigabytes a step. The cache is
+carried through the scan and written in place; as scanned input and output it would be rewritten whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from glm_jax.layers.kv_cache import KvCache
+from glm_jax.layers.step import Step
+from glm_jax.model.decoder_layer import DecoderLayer
+from glm_jax.sharding import map_weights
+
+Group = DecoderLayer | nnx.List
+
+
+def stack_abstract(layer: DecoderLayer, count: int) -> DecoderLayer:
+    """The stacked abstract group of `count` layers like the given abstract one."""
+
+    def lead(_, weight):
+        value = weight.get_raw_value()
+        return jax.ShapeDtypeStruct((count, *value.shape), value.dtype)
+
+    return map_weights(lead, layer)
+
+
+def depth(group: Group) -> int:
+    """The number of layers of a group."""
+    if isinstance(group, nnx.List):
+        return len(group)
+    return jax.tree.leaves(group)[0].shape[0]
+
+
+def is_stacked(group: Group) -> bool:
+    """Whether the group is one layer with a leading dimension."""
+    return not isinstance(group, nnx.List)
+
+
+def unroll(group: Group) -> nnx.List:
+    """The group as a list of layers. Works on arrays and on abstract values; call it under jit for sharded arrays."""
+    if not is_stacked(group):
+        return group
+    return nnx.List([jax.tree.map(lambda a, i=i: _index(a, i), group) for i in range(depth(group))])
+
+
+def stack(group: Group) -> DecoderLayer:
+    """The group as one stacked layer, the inverse of `unroll`."""
+    if is_stacked(group):
+        return group
+
+    def join(*leaves):
+        if isinstance(leaves[0], jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
+        return jnp.stack(leaves)
+
+    return jax.tree.map(join, *group)
+
+
+def _index(leaf: Any, i: int) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+    return leaf[i]
+
+
+def run(
+    group: Group, x: jax.Array, step: Step, cache: KvCache | tuple[KvCache, ...] | None
+) -> tuple[jax.Array, KvCache | tuple[KvCache, ...] | None]:
+    """Run all layers of a group over x [B, T, D]; the cache has the group's own form (see `model.cache`)."""
+    if is_stacked(group):
+        return _run_scan(group, x, step, cache)
+    caches = (None,) * len(group) if cache is None else cache
+    written = []
+    for layer, layer_cache in zip(group, caches, strict=True):
+        x, layer_cache = layer(x, step, layer_cache, None)
+        written.append(layer_cache)
+    return x, None if cache is None else tuple(written)
+
+
+def _run_scan(group: DecoderLayer, x: jax.Array, step: Step, cache: KvCache | None):
+    def body(carry, index_and_layer):
+        x, cache = carry
+        index, layer = index_and_layer
+        return layer(x, step, cache, index), None
+
+    (x, cache), _ = jax.lax.scan(body, (x, cache), (jnp.arange(depth(group)), group))
+    return x, cache

@@ -1,0 +1,227 @@
+"""The whole model: embedding, dense layers, MoE layers, final norm, head, and the MTP layer beside them.
+
+A `Transformer` is a value. Constructed, it is abstract: every weight holds its shape and dtype only, in milliseconds
+for 355B parameters. `create`, or the loader of `glm_jax.checkpoint`, gives the weights values on a mesh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from glm_jax.configs import ModelConfig
+from glm_jax.errors import InputError
+from glm_jax.layers import embedding as embedding_layer
+from glm_jax.layers.embedding import Embedding, Head
+from glm_jax.layers.norm import RmsNorm
+from glm_jax.layers.rope import rotation
+from glm_jax.layers.step import Kernels, Step
+from glm_jax.model import stack
+from glm_jax.model.cache import Cache
+from glm_jax.model.decoder_layer import DecoderLayer, MtpLayer
+from glm_jax.sharding import (
+    Rules,
+    batch_sharding,
+    default_mesh,
+    initial_value,
+    map_weights,
+    mesh_of,
+    with_dtype,
+    with_shardings,
+)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["logits", "hidden", "mtp_logits"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """One forward pass.
+
+    Attributes:
+        logits: float32 [B, T, V].
+        hidden: [B, T, D], after the final norm.
+        mtp_logits: float32 [B, T - 1, V], row t predicting token t + 2; None unless asked for.
+    """
+
+    logits: jax.Array
+    hidden: jax.Array
+    mtp_logits: jax.Array | None
+
+
+class Transformer(nnx.Module):
+    """A decoder of any configuration. The constructor builds it abstractly, with stacked groups, in bfloat16."""
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        self.embedding = Embedding(config)
+        self.dense = _group(config, config.num_dense_layers, experts=False)
+        self.moe = _group(config, config.num_moe_layers, experts=True)
+        self.final_norm = RmsNorm(config.embed_dim, eps=config.norm_eps)
+        self.head = None if config.tie_embeddings else Head(config)
+        self.mtp = MtpLayer(config) if config.num_mtp_layers else None
+
+    @classmethod
+    def create(
+        cls,
+        config: ModelConfig,
+        *,
+        mesh: Mesh | None = None,
+        seed: int = 0,
+        dtype: Any = None,
+        stacked: bool | None = None,
+        rules: Rules | None = None,
+    ) -> Transformer:
+        """Return a model with random weights on a mesh.
+
+        Args:
+            config: the architecture.
+            mesh: where the weights lie; over all devices by default.
+            seed: each weight draws from a stream of its own, the same on every mesh.
+            dtype: of all weights but the pinned ones; by default float32 on CPU and bfloat16 elsewhere.
+            stacked: scan over the layers (True) or unroll them (False); by default what the platform decodes best.
+            rules: placement of logical axes.
+
+        Raises:
+            ShardingError: the mesh does not divide the model.
+        """
+        mesh = default_mesh(config) if mesh is None else mesh
+        abstract = runtime_model(config, mesh, dtype=dtype)
+        placed = with_shardings(abstract, mesh, rules)
+
+        def draw(name, weight):
+            sharding = weight.get_raw_value().sharding
+            return jax.jit(functools.partial(initial_value, name, weight), out_shardings=sharding)(key)
+
+        with jax.set_mesh(mesh):
+            key = jax.random.key(seed)
+            model = map_weights(draw, placed)
+        return in_form(model, stacked=platform_stacks(mesh) if stacked is None else stacked)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the weights (and of the activations)."""
+        return self.embedding.weight.get_raw_value().dtype
+
+    @property
+    def mesh(self) -> Mesh:
+        """The mesh that the weights lie on."""
+        return mesh_of(self)
+
+    def __call__(self, tokens: Any, *, mtp: bool = False, kernels: Kernels | None = None) -> Output:
+        """Return the logits of every position of tokens int32 [B, T].
+
+        Called with arrays it compiles once per shape and enters the model's mesh; inside a user's own jit or grad it
+        is traced like any function, under the mesh that is set there.
+
+        Args:
+            tokens: [B, T] token ids.
+            mtp: also run the MTP layer.
+            kernels: named implementations, by default the platform's.
+
+        Raises:
+            InputError: tokens are not [B, T] of at least one, out of the vocabulary, or longer than the positions.
+        """
+        kernels = kernels or Kernels()
+        if mtp and self.mtp is None:
+            raise InputError("this model has no MTP layer (num_mtp_layers is 0)")
+        if isinstance(tokens, jax.core.Tracer):
+            return forward(self, tokens, mtp=mtp, kernels=kernels)
+        tokens = check_tokens(tokens, self.config)
+        mesh = self.mesh
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(tokens, batch_sharding(tokens.shape[0], mesh))
+            return _forward_jit(self, placed, mtp=mtp, kernels=kernels)
+
+    def hidden_states(
+        self, tokens: jax.Array, *, step: Step, cache: Cache | None = None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Tokens [B, T] -> hidden states [B, T, D] after the final norm, and the cache with this pass's rows."""
+        x = self.embedding(tokens)
+        dense, moe = (None, None) if cache is None else (cache.dense, cache.moe)
+        if self.dense is not None:
+            x, dense = stack.run(self.dense, x, step, dense)
+        if self.moe is not None:
+            x, moe = stack.run(self.moe, x, step, moe)
+        return self.final_norm(x), None if cache is None else Cache(dense, moe, cache.mtp)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states [B, T, D] -> float32 logits [B, T, V]."""
+        head = self.embedding if self.head is None else self.head
+        return embedding_layer.logits(hidden, head.weight[...])
+
+    def step(self, positions: jax.Array, *, fresh: bool, kernels: Kernels) -> Step:
+        """What all layers share in a pass over `positions` [B, T]."""
+        return Step(positions, rotation(positions, self.config.attention.rope), fresh=fresh, kernels=kernels)
+
+
+def forward(model: Transformer, tokens: jax.Array, *, mtp: bool, kernels: Kernels) -> Output:
+    """The forward pass over whole sequences, as a pure function to trace."""
+    positions = jnp.zeros_like(tokens) + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    hidden, _ = model.hidden_states(tokens, step=model.step(positions, fresh=True, kernels=kernels))
+    mtp_logits = None
+    if mtp:
+        assert model.mtp is not None
+        step = model.step(positions[:, :-1], fresh=True, kernels=kernels)
+        next_hidden, _ = model.mtp(model.embedding(tokens[:, 1:]), hidden[:, :-1], step, None)
+        mtp_logits = model.logits(next_hidden)
+    return Output(model.logits(hidden), hidden, mtp_logits)
+
+
+_forward_jit = jax.jit(forward, static_argnames=("mtp", "kernels"))
+
+
+def _group(config: ModelConfig, count: int, *, experts: bool) -> DecoderLayer | None:
+    return stack.stack_abstract(DecoderLayer(config, experts=experts), count) if count else None
+
+
+def runtime_model(config: ModelConfig, mesh: Mesh, *, dtype: Any = None) -> Transformer:
+    """The abstract model that a run holds: without the MTP copies, in the run's dtype."""
+    platform = mesh.devices.flat[0].platform
+    dtype = (jnp.float32 if platform == "cpu" else jnp.bfloat16) if dtype is None else dtype
+    return with_dtype(Transformer(dataclasses.replace(config, mtp_copies=False)), dtype)
+
+
+def platform_stacks(mesh: Mesh) -> bool:
+    """Whether the platform decodes best from stacked groups (TPU) or from unrolled ones (GPU, CPU)."""
+    return mesh.devices.flat[0].platform == "tpu"
+
+
+def in_form(model: Transformer, *, stacked: bool) -> Transformer:
+    """The model with both groups stacked or both unrolled; arrays keep their sharding."""
+    turn = stack.stack if stacked else stack.unroll
+    groups = {"dense": model.dense, "moe": model.moe}
+    turned = {
+        name: group if group is None or stack.is_stacked(group) == stacked else jax.jit(turn)(group)
+        for name, group in groups.items()
+    }
+    graph, leaves = jax.tree.structure(model), jax.tree.leaves(model)
+    copy = jax.tree.unflatten(graph, leaves)
+    for name, group in turned.items():
+        setattr(copy, name, group)
+    return copy
+
+
+def check_tokens(tokens: Any, config: ModelConfig) -> np.ndarray:
+    """Return tokens as int32 [B, T] on the host.
+
+    Raises:
+        InputError: the shape, the type or a value is wrong.
+    """
+    array = np.asarray(tokens)
+    if array.ndim != 2 or 0 in array.shape or not np.issubdtype(array.dtype, np.integer):
+        raise InputError(f"tokens must be integers [batch, length], at least one of each; got {array.dtype} {array.shape}")
+    if array.shape[1] > config.max_positions:
+        raise InputError(f"{array.shape[1]} tokens exceed the model's {config.max_positions} positions")
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= config.vocab_size:
+        wrong = low if low < 0 else high
+        raise InputError(f"token {wrong} is outside the vocabulary 0..{config.vocab_size - 1}")
+    return array.astype(np.int32)

@@ -1,0 +1,46 @@
+"""Layouts of activations, read off the types of the arrays themselves.
+
+In explicit mode an array's type carries its layout, so a layer needs no rules: the few places where communication
+happens say so by calling a function of this file, and everything else is inferred by jax.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from glm_jax.sharding.rules import MeshAxes, as_axes
+
+
+def axes_of(x: jax.Array, dimension: int) -> MeshAxes:
+    """The mesh axes over which one dimension of a (traced) array is split."""
+    spec = jax.typeof(x).sharding.spec
+    return as_axes(spec[dimension]) if dimension < len(spec) else ()
+
+
+def einsum_reduce(equation: str, x: jax.Array, weight: jax.Array, **options) -> jax.Array:
+    """An einsum over dimensions that may be split: the partial results are summed over the devices (all-reduce).
+
+    The result keeps the layout of every dimension that stays. This is the row-parallel projection of tensor
+    parallelism; jax refuses it without a stated result layout.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return jnp.einsum(equation, x, weight, **options)
+    inputs, result = equation.split("->")
+    layout = {}
+    for labels, operand in zip(inputs.split(","), (x, weight), strict=True):
+        for dimension, label in enumerate(labels):
+            layout[label] = layout.get(label) or axes_of(operand, dimension) or None
+    return jnp.einsum(equation, x, weight, out_sharding=PartitionSpec(*(layout[label] for label in result)), **options)
+
+
+def take_rows(table: jax.Array, indices: jax.Array) -> jax.Array:
+    """Rows of a table [V, D] by indices [B, T]: [B, T, D], laid out like the indices.
+
+    The table's rows must be whole on every device, or the look-up would be a gather over all of them.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return table[indices]
+    layout = [axes_of(indices, dimension) or None for dimension in range(indices.ndim)]
+    return table.at[indices].get(out_sharding=PartitionSpec(*layout, axes_of(table, 1) or None))

@@ -1,0 +1,142 @@
+"""Which mesh axes each logical axis is split over, and the shardings of a whole model that follow from it.
+
+Layers name logical axes; this file alone turns them into mesh axes. A user's own placement is a `Rules` with other
+values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from glm_jax.errors import ShardingError
+from glm_jax.sharding.mesh import DATA, EXPERT, TENSOR, describe
+from glm_jax.sharding.weight import Weight, layer_axis, map_weights, weights_by_name
+
+MeshAxes = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rules:
+    """The mesh axes of each logical axis; an empty tuple replicates.
+
+    Attributes:
+        batch: sequences of tokens and their cache. Where the batch does not divide, trailing axes are left out.
+        heads: query heads and the output projection's input.
+        kv_heads: key and value heads. They must divide: fewer kv heads than `tensor` devices are refused.
+        expert: routed experts.
+        mlp: width of the dense MLP, of each expert and of the shared experts.
+        vocab: rows of the output head (the embedding is replicated over it: looking up a row must stay local).
+    """
+
+    batch: MeshAxes = (DATA, EXPERT)
+    heads: MeshAxes = (TENSOR,)
+    kv_heads: MeshAxes = (TENSOR,)
+    expert: MeshAxes = (EXPERT,)
+    mlp: MeshAxes = (TENSOR,)
+    vocab: MeshAxes = (TENSOR,)
+
+    def mesh_axes(self, logical: str | None) -> MeshAxes:
+        """The mesh axes that a logical axis is split over (none for those that no rule names)."""
+        return () if logical is None else getattr(self, logical, ())
+
+
+def weight_spec(name: str, weight: Weight, *, mesh: Mesh, rules: Rules) -> PartitionSpec:
+    """Return the layout of one weight on a mesh.
+
+    Raises:
+        ShardingError: a dimension does not divide (the message names the weight, the axis and the legal sizes), or two
+            dimensions of the weight would be split over the same mesh axis.
+    """
+    shape = weight.get_raw_value().shape[1 if layer_axis(weight) else 0 :]
+    entries: list[MeshAxes | None] = []
+    for size, logical in zip(shape, weight.axes, strict=True):
+        axes = rules.mesh_axes(logical)
+        split = math.prod(mesh.shape[axis] for axis in axes)
+        if size % split:
+            legal = [str(n) for n in range(1, split + 1) if size % n == 0]
+            raise ShardingError(
+                f"{name}: {logical} = {size} does not divide over mesh axis {'x'.join(axes)} = {split} "
+                f"(mesh {describe(mesh)}); sizes that do: {', '.join(legal)}"
+            )
+        taken = [axis for entry in entries if entry for axis in entry if axis in axes]
+        if taken:
+            raise ShardingError(f"{name}: mesh axis {taken[0]} would split two of its axes {weight.axes}; change the rules")
+        entries.append(axes or None)
+    if layer_axis(weight):
+        entries.insert(0, None)
+    return PartitionSpec(*entries)
+
+
+def shardings(model: Any, mesh: Mesh, rules: Rules | None = None) -> dict[str, NamedSharding]:
+    """Return the sharding of every weight of an (abstract) model by name.
+
+    Raises:
+        ShardingError: all weights that do not fit the mesh, in one message.
+    """
+    rules = rules or Rules()
+    found, problems = {}, []
+    for name, weight in weights_by_name(model).items():
+        try:
+            found[name] = NamedSharding(mesh, weight_spec(name, weight, mesh=mesh, rules=rules))
+        except ShardingError as error:
+            problems.append(str(error))
+    if problems:
+        more = f" (and {len(problems) - 1} more weights)" if len(problems) > 1 else ""
+        raise ShardingError(problems[0] + more)
+    return found
+
+
+def with_shardings(model: Any, mesh: Mesh, rules: Rules | None = None) -> Any:
+    """Return the abstract model with its sharding in the type of every weight."""
+    placed = shardings(model, mesh, rules)
+
+    def annotate(name, weight):
+        value = weight.get_raw_value()
+        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=placed[name])
+
+    return map_weights(annotate, model)
+
+
+def batch_axes(batch: int, mesh: Mesh, rules: Rules | None = None) -> MeshAxes:
+    """The mesh axes over which a batch of this size is split: the longest prefix of the rule that divides it."""
+    axes = (rules or Rules()).batch
+    while axes and batch % math.prod(mesh.shape[axis] for axis in axes):
+        axes = axes[:-1]
+    return axes
+
+
+def batch_sharding(batch: int, mesh: Mesh, rules: Rules | None = None) -> NamedSharding:
+    """The sharding of an array whose first dimension is the batch, the rest replicated."""
+    return NamedSharding(mesh, PartitionSpec(batch_axes(batch, mesh, rules) or None))
+
+
+def spec_of(*axes: MeshAxes | str | None) -> PartitionSpec:
+    """A partition spec from mesh axes that were read off other arrays."""
+    return PartitionSpec(*(axis or None for axis in axes))
+
+
+def mesh_of(model: Any) -> Mesh:
+    """The mesh that a model's weights lie on.
+
+    Raises:
+        ShardingError: the weights are abstract or not on a mesh.
+    """
+    for weight in weights_by_name(model).values():
+        sharding = getattr(weight.get_raw_value(), "sharding", None)
+        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+            return sharding.mesh
+        break
+    raise ShardingError("the model's weights lie on no mesh; create it with glm_jax.load or Transformer.create")
+
+
+def as_axes(entry: Sequence[str] | str | None) -> MeshAxes:
+    """One entry of a partition spec as a tuple of mesh axes."""
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Makes .venv what the checkout asks for, and does nothing where it already is.
+#
+# Usage: environment.sh core|dev PYTHON ORIGIN     (ORIGIN "file": nobody chose PYTHON, so an existing .venv decides)
+#
+# A stamp in .venv holds a digest of pyproject.toml, of the constraints and of the place of the checkout. It is removed
+# before an install and written after it, so that an interrupted install is taken up again by the next call.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+profile=$1 python=$2 origin=$3
+stamp=.venv/.stamp-$profile
+
+fail() {
+    echo "make: $*" >&2
+    exit 2
+}
+
+version_of() {
+    "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null
+}
+
+digest() {
+    .venv/bin/python -I -c '
+import hashlib, pathlib, sys
+parts = [sys.prefix.encode(), *(pathlib.Path(name).read_bytes() for name in sys.argv[1:])]
+print(hashlib.sha256(b"\0".join(parts)).hexdigest())' pyproject.toml "$constraints"
+}
+
+found=$(version_of .venv/bin/python) || found=
+wanted=$found
+if [ -z "$found" ] || [ "$origin" != file ]; then
+    wanted=$(version_of "$python") || fail "no Python at '$python': glm_jax needs 3.11 or 3.12 (make PYTHON=python3.12)"
+fi
+case $wanted in
+    3.11 | 3.12) constraints=constraints/py${wanted/./}.txt ;;
+    *) fail "glm_jax supports Python 3.11 and 3.12, not $wanted: choose one, as in make PYTHON=python3.12" ;;
+esac
+if [ -n "$found" ] && [ "$found" != "$wanted" ]; then
+    fail ".venv holds Python $found and '$python' is $wanted: run make clean first, or leave PYTHON out"
+fi
+
+key=
+[ -z "$found" ] || key=$(digest)
+if [ -n "$key" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$key" ]; then
+    exit 0
+fi
+
+echo "Installing glm_jax ($profile) on Python $wanted into .venv; the first time takes a few minutes."
+if [ -z "$found" ]; then
+    "$python" -m venv --clear .venv
+elif ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    .venv/bin/python -m ensurepip --default-pip >/dev/null
+fi
+rm -f .venv/.stamp-*
+extra=
+[ "$profile" = core ] || extra="[$profile]"
+.venv/bin/python -m pip install -qq --disable-pip-version-check -c "$constraints" -e ".$extra"
+key=$(digest)
+echo "$key" >.venv/.stamp-core
+[ "$profile" = core ] || echo "$key" >"$stamp"

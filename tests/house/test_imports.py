@@ -1,0 +1,245 @@
+"""What may import what: the direction between the parts, and where jax and the mesh's axis names may not appear."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.house.tree import PACKAGE, ROOT, modules, write_package
+
+# Part -> the parts that it stands on. It may also import what those may. "cli" and the modules at the top of the package
+# (glm_jax/__init__.py and the conveniences beside it) may import everything; everything may import glm_jax.errors.
+STANDS_ON = {
+    "configs": (),
+    "sharding": ("configs",),
+    "layers": ("sharding",),
+    "model": ("layers",),
+    "checkpoint": ("model",),
+    "text": ("configs",),
+    "data": ("text",),
+    "inference": ("model",),
+    "serving": ("inference", "text"),
+    "training": ("model", "data"),
+    "posttrain": ("training", "inference", "text", "data"),
+    "evaluation": ("inference", "model"),
+    "research": ("inference", "model"),
+}
+UNBOUND = "cli"
+WITHOUT_JAX = ("configs", "text", "data")
+JAX_AND_WHAT_IMPORTS_IT = {"jax", "jaxlib", "flax", "optax", "orbax"}
+MESH_AXES = {"data", "expert", "tensor"}
+COLLECTIVES = {
+    "all_gather", "all_to_all", "axis_index", "axis_size", "pbroadcast", "pcast", "pmax", "pmean", "pmin", "ppermute",
+    "pshuffle", "psum", "psum_scatter", "pvary",
+}  # fmt: skip
+
+
+def reachable(part: str) -> set[str]:
+    """Returns the parts that `part` may import, itself included."""
+    found = {part}
+    for below in STANDS_ON[part]:
+        found |= reachable(below)
+    return found
+
+
+def imported_names(module: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yields (line, dotted name) for every import of `module` (a path), also inside functions, relative ones resolved."""
+    package = module.split("/")[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = [*base, *(node.module.split(".") if node.module else [])]
+            for alias in node.names:
+                yield node.lineno, ".".join([*base, alias.name])
+
+
+def direction_faults(package: Path) -> list[str]:
+    """Returns a line for every import against the direction."""
+    faults = []
+    for module, tree in modules(package):
+        parts = module.split("/")
+        if len(parts) == 2 or parts[1] == UNBOUND:
+            continue
+        if parts[1] not in STANDS_ON:
+            faults.append(f"{module}: '{parts[1]}' is no part of the plan; give it a place in STANDS_ON")
+            continue
+        allowed = reachable(parts[1]) | {"errors"}
+        for line, name in imported_names(module, tree):
+            target = name.split(".")
+            if target[0] == "glm_jax" and (len(target) == 1 or target[1] not in allowed):
+                faults.append(f"{module}:{line}: '{parts[1]}' may not import {name}; only {', '.join(sorted(allowed))}")
+    return faults
+
+
+def run_at_import(tree: ast.Module) -> Iterator[ast.stmt]:
+    """Yields the statements that run when the module is imported: all but function bodies and TYPE_CHECKING blocks."""
+    pending: list[ast.AST] = list(tree.body)
+    while pending:
+        node = pending.pop(0)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            pending.extend(node.orelse)
+            continue
+        if isinstance(node, ast.stmt):
+            yield node
+        pending.extend(child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr))
+
+
+def jax_faults(package: Path) -> list[str]:
+    """Returns a line for every import of jax, or of what imports it, at the top of a module that must do without."""
+    faults = []
+    for module, tree in modules(package):
+        if module.split("/")[1] not in WITHOUT_JAX:
+            continue
+        for statement in run_at_import(tree):
+            if isinstance(statement, ast.Import | ast.ImportFrom):
+                for line, name in imported_names(module, ast.Module([statement], [])):
+                    if name.split(".")[0] in JAX_AND_WHAT_IMPORTS_IT:
+                        faults.append(f"{module}:{line}: imports {name} at the top; import it in the function that needs it")
+    return faults
+
+
+def original_names(tree: ast.AST) -> dict[str, str]:
+    """Returns local name -> imported name for `from x import name as local`."""
+    nodes = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
+    return {alias.asname: alias.name for node in nodes for alias in node.names if alias.asname}
+
+
+def strings_in(nodes: list[ast.expr]) -> list[str]:
+    """Returns the string constants anywhere below `nodes`."""
+    walked = (child for node in nodes for child in ast.walk(node))
+    return [child.value for child in walked if isinstance(child, ast.Constant) and isinstance(child.value, str)]
+
+
+def axis_faults(package: Path) -> list[str]:
+    """Returns a line for every mesh axis that is named outside sharding/: in a PartitionSpec, a collective or mesh.shape.
+
+    Layers name logical axes, some of which are spelled like a mesh axis; so it is the use that counts, not the string.
+    """
+    faults = []
+    for module, tree in modules(package):
+        if module.split("/")[1] == "sharding":
+            continue
+        originals = original_names(tree)
+        for node in ast.walk(tree):
+            used: list[str] = []
+            if isinstance(node, ast.Call):
+                called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                called = originals.get(called, called)
+                arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
+                if called in ("PartitionSpec", "P"):
+                    used = strings_in(arguments)
+                elif called in COLLECTIVES:
+                    used = [text for text in strings_in(arguments) if text in MESH_AXES]
+                elif called in ("shard_map", "Mesh", "make_mesh"):
+                    named = [k.value for k in node.keywords if k.arg == "axis_names"]
+                    used = strings_in(named if called == "shard_map" else arguments)
+            elif isinstance(node, ast.Subscript) and isinstance(node.value, ast.Attribute) and node.value.attr == "shape":
+                used = [text for text in strings_in([node.slice]) if text in MESH_AXES]
+            faults.extend(f"{module}:{node.lineno}: names the mesh axis '{text}' outside sharding/" for text in used)
+    return faults
+
+
+def test_imports_follow_the_direction():
+    assert direction_faults(PACKAGE) == []
+
+
+def test_configs_text_and_data_import_no_jax_at_the_top():
+    assert jax_faults(PACKAGE) == []
+
+
+def test_mesh_axes_are_named_only_in_sharding():
+    assert axis_faults(PACKAGE) == []
+
+
+@pytest.mark.parametrize("name", ["glm_jax", *(f"glm_jax.{part}" for part in WITHOUT_JAX)])
+def test_import_takes_no_jax(name):
+    if not (PACKAGE.parent / name.replace(".", "/") / "__init__.py").exists():
+        pytest.skip(f"{name} is not written yet")
+    program = (
+        "import importlib, sys, time\n"
+        "start = time.perf_counter()\n"
+        f"importlib.import_module({name!r})\n"
+        "import glm_jax\n"
+        "getattr(glm_jax, 'configs', None)\n"
+        "print(round(time.perf_counter() - start, 2), sorted({'jax', 'flax', 'orbax', 'torch'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    seconds, loaded = done.stdout.split(" ", 1)
+    assert loaded.strip() == "[]"
+    assert float(seconds) < 10.0  # under one on a quiet machine; tests share theirs
+
+
+def test_the_plan_has_no_circle():
+    assert not [part for part, below in STANDS_ON.items() if any(part in reachable(other) for other in below)]
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "allowed"),
+    [
+        ("layers/moe.py", "from glm_jax.sharding import rules", True),
+        ("layers/moe.py", "from glm_jax.configs.base import ModelConfig", True),
+        ("layers/moe.py", "from glm_jax import errors", True),
+        ("layers/moe.py", "from glm_jax.model import cache", False),
+        ("layers/moe.py", "from glm_jax import load", False),
+        ("layers/moe.py", "import glm_jax", False),
+        ("layers/moe.py", "from ..model import cache", False),
+        ("layers/moe.py", "from . import norm", True),
+        ("layers/moe.py", "def f():\n    import glm_jax.training.loop", False),
+        ("inference/engine.py", "from glm_jax.text import tokenizer", False),
+        ("inference/engine.py", "from glm_jax.layers import rope", True),
+        ("serving/chat.py", "from glm_jax.text import tokenizer", True),
+        ("checkpoint/convert.py", "from glm_jax.inference import engine", False),
+        ("text/tokenizer.py", "from glm_jax.layers import rope", False),
+        ("configs/base.py", "from glm_jax.sharding import rules", False),
+        ("cli/chat.py", "from glm_jax.training import loop", True),
+        ("api.py", "from glm_jax.training import loop", True),
+        ("helpers/misc.py", "import os", False),
+    ],
+)
+def test_direction_check_can_fail(tmp_path, module, source, allowed):
+    package = write_package(tmp_path, {module: source})
+    assert (direction_faults(package) == []) is allowed
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "allowed"),
+    [
+        ("configs/base.py", "import jax.numpy as jnp", False),
+        ("text/tokenizer.py", "try:\n    from flax import nnx\nexcept ImportError:\n    pass", False),
+        ("data/loader.py", "def put(x):\n    import jax\n    return jax.device_put(x)", True),
+        ("data/loader.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import jax", True),
+        ("layers/norm.py", "import jax", True),
+    ],
+)
+def test_jax_check_can_fail(tmp_path, module, source, allowed):
+    assert (jax_faults(write_package(tmp_path, {module: source})) == []) is allowed
+
+
+@pytest.mark.parametrize(
+    ("source", "allowed"),
+    [
+        ("SPEC = P(None, 'tensor')", False),
+        ("from jax.sharding import PartitionSpec as Spec\nSPEC = Spec(('data', 'expert'))", False),
+        ("y = jax.lax.psum(x, axis_name=('expert', 'tensor'))", False),
+        ("i = axis_index('expert')", False),
+        ("n = mesh.shape['tensor']", False),
+        ("f = shard_map(g, axis_names={'expert'})", False),
+        ("WEIGHT = declare((E, F), axes=('expert', 'mlp'))", True),
+        ("SPEC = rules.spec('expert', 'mlp')", True),
+        ("n = x.shape[0]", True),
+    ],
+)
+def test_axis_check_can_fail(tmp_path, source, allowed):
+    assert (axis_faults(write_package(tmp_path, {"layers/moe.py": source})) == []) is allowed
+    assert axis_faults(write_package(tmp_path / "other", {"sharding/rules.py": source})) == []
