@@ -71,13 +71,12 @@ def reporting_os_errors(path: str | os.PathLike[str], *, bytes_needed: int | Non
     try:
         yield
     except OSError as error:
-        raise CheckpointError(_describe(error, path, bytes_needed)) from error
+        raise CheckpointError(describe_os_error(error, path, bytes_needed)) from error
 
 
-def _describe(error: OSError, path: str | os.PathLike[str], bytes_needed: int | None) -> str:
-    where = os.fspath(path)
-    if isinstance(error.filename, str):
-        where = error.filename
+def describe_os_error(error: OSError, path: str | os.PathLike[str], bytes_needed: int | None = None) -> str:
+    """One line for `error`, which came up at `path` unless the error names its own file."""
+    where = os.fspath(error.filename if isinstance(error.filename, (str, os.PathLike)) else path)
     code = error.errno or 0
     line = f"{where}: {_REASONS.get(code) or error.strerror or error}"
     if code in _FULL:
@@ -166,16 +165,18 @@ def new_directory(target: str | os.PathLike[str], *, bytes_needed: int | None = 
     try:
         yield partial
     except BaseException as error:
-        described = _describe(error, final, bytes_needed) if _concerns(error, partial) else None  # free space as it was
+        line = _described_if_ours(error, final, partial, bytes_needed)  # before the removal changes the free space
         shutil.rmtree(partial, ignore_errors=True)
-        if described is not None:
-            raise CheckpointError(described.replace(str(partial), str(final))) from error
+        if line is not None:
+            raise CheckpointError(line) from error
         raise
     publish(partial, final)
 
 
-def _concerns(error: BaseException, partial: Path) -> bool:
-    """Whether an exception of the body is the file system refusing the output, not some other file's trouble."""
+def _described_if_ours(error: BaseException, final: Path, partial: Path, bytes_needed: int | None) -> str | None:
+    """The line for an exception that is the file system refusing the output; None for any other trouble."""
     if not isinstance(error, OSError):
-        return False
-    return error.errno in _ALWAYS_THE_TARGET or str(error.filename or "").startswith(str(partial))
+        return None
+    if error.errno not in _ALWAYS_THE_TARGET and not str(error.filename or "").startswith(str(partial)):
+        return None
+    return describe_os_error(error, final, bytes_needed).replace(str(partial), str(final))

@@ -1,7 +1,7 @@
 """A directory of safetensors files as one checkpoint: which files belong to it, and whether they agree.
 
-Everything that is wrong with a directory is collected and raised once, so that fetching the rest takes one more try, not
-one for each file. File names in an index are untrusted: none may leave the directory.
+Everything that is wrong with a directory is collected and raised once, so that fetching the rest takes one more try and
+not one for each file. File names in an index are untrusted: none may leave the directory.
 """
 
 from __future__ import annotations

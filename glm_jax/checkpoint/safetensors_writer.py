@@ -93,7 +93,7 @@ class SafetensorsWriter:
         with reporting_os_errors(shard.path, bytes_needed=shard.size):
             if shard.descriptor is None:
                 shard.descriptor = _create(shard)
-            _write_at(shard.descriptor, memoryview(data), shard.begin[name])
+            _write_at(shard.descriptor, data.data, shard.begin[name])
             shard.unwritten.discard(name)
             if not shard.unwritten:
                 os.fsync(shard.descriptor)

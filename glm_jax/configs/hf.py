@@ -50,7 +50,7 @@ def read_config_json(directory: str | Path) -> dict[str, Any]:
 def from_hf(source: str | Path | Mapping[str, Any]) -> ModelConfig:
     """Return the `ModelConfig` of a config.json, given as its directory or as its content.
 
-    `mtp_copies` is not in any config.json: it is False here, and the checkpoint reader sets it from the tensors.
+    `mtp_copies` is not in any config.json: it is empty here, and the checkpoint reader sets it from the tensors.
 
     Raises:
         ConfigError: the architecture is not supported, a key is missing, of the wrong type or unknown.
@@ -180,7 +180,7 @@ def _read_glm4_moe(reader: _Reader) -> Callable[[], ModelConfig]:
         attention=attention,
         moe=moe,
         num_mtp_layers=reader.take("num_nextn_predict_layers", int),
-        mtp_copies=False,
+        mtp_copies=(),
         tie_embeddings=reader.take("tie_word_embeddings", bool, False),
         norm_eps=reader.take("rms_norm_eps", float),
         max_positions=reader.take("max_position_embeddings", int),

@@ -55,8 +55,8 @@ class ModelConfig:
     Attributes:
         model_type: the family, in Hugging Face's word; selects the table of tensor names.
         num_layers: decoder layers, without the MTP layers.
-        mtp_copies: the checkpoint stores the embedding and the head a second time beside the MTP layer. The model
-            shares the main ones either way.
+        mtp_copies: which of `embedding` and `head` the checkpoint stores a second time beside the MTP layer. The
+            model shares the main ones either way.
         tie_embeddings: the output head is the embedding.
         max_positions: the longest sequence, in tokens.
 
@@ -73,7 +73,7 @@ class ModelConfig:
     attention: GqaConfig
     moe: MoeConfig
     num_mtp_layers: int
-    mtp_copies: bool
+    mtp_copies: tuple[str, ...]
     tie_embeddings: bool
     norm_eps: float
     max_positions: int
@@ -115,6 +115,8 @@ def _problems(config: ModelConfig):
         yield f"num_dense_layers {config.num_dense_layers} is not within 0..{config.num_layers} (num_layers)"
     if config.num_mtp_layers not in (0, 1):
         yield f"num_mtp_layers {config.num_mtp_layers} is not supported: 0 or 1"
+    if set(config.mtp_copies) - {"embedding", "head"} or (config.mtp_copies and not config.num_mtp_layers):
+        yield f"mtp_copies {config.mtp_copies} must be among 'embedding' and 'head', and needs an MTP layer"
     if attention.num_heads % attention.num_kv_heads:
         yield f"num_heads {attention.num_heads} is not a multiple of num_kv_heads {attention.num_kv_heads}"
     rotary_dim = attention.rope.rotary_dim

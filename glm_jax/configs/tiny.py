@@ -30,7 +30,7 @@ TINY_GLM = ModelConfig(
         routed_scaling=2.5,
     ),
     num_mtp_layers=1,
-    mtp_copies=False,
+    mtp_copies=(),
     tie_embeddings=False,
     norm_eps=1e-5,
     max_positions=1024,

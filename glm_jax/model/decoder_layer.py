@@ -64,8 +64,8 @@ class MtpLayer(nnx.Module):
         )
         self.layer = DecoderLayer(config, experts=True)
         self.norm = RmsNorm(size, eps=config.norm_eps)
-        self.embedding = Embedding(config) if config.mtp_copies else None
-        self.head = Head(config) if config.mtp_copies else None
+        self.embedding = Embedding(config) if "embedding" in config.mtp_copies else None
+        self.head = Head(config) if "head" in config.mtp_copies else None
 
     def __call__(
         self, embedded: jax.Array, hidden: jax.Array, step: Step, cache: KvCache | None

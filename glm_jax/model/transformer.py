@@ -186,7 +186,7 @@ def runtime_model(config: ModelConfig, mesh: Mesh, *, dtype: Any = None) -> Tran
     """The abstract model that a run holds: without the MTP copies, in the run's dtype."""
     platform = mesh.devices.flat[0].platform
     dtype = (jnp.float32 if platform == "cpu" else jnp.bfloat16) if dtype is None else dtype
-    return with_dtype(Transformer(dataclasses.replace(config, mtp_copies=False)), dtype)
+    return with_dtype(Transformer(dataclasses.replace(config, mtp_copies=())), dtype)
 
 
 def platform_stacks(mesh: Mesh) -> bool:
@@ -195,17 +195,14 @@ def platform_stacks(mesh: Mesh) -> bool:
 
 
 def in_form(model: Transformer, *, stacked: bool) -> Transformer:
-    """The model with both groups stacked or both unrolled; arrays keep their sharding."""
+    """The model with both groups stacked or both unrolled; arrays keep their sharding, abstract weights stay so."""
     turn = stack.stack if stacked else stack.unroll
-    groups = {"dense": model.dense, "moe": model.moe}
-    turned = {
-        name: group if group is None or stack.is_stacked(group) == stacked else jax.jit(turn)(group)
-        for name, group in groups.items()
-    }
-    graph, leaves = jax.tree.structure(model), jax.tree.leaves(model)
-    copy = jax.tree.unflatten(graph, leaves)
-    for name, group in turned.items():
-        setattr(copy, name, group)
+    copy = jax.tree.map(lambda leaf: leaf, model)
+    for name in ("dense", "moe"):
+        group = getattr(model, name)
+        if group is not None:
+            abstract = isinstance(jax.tree.leaves(group)[0], jax.ShapeDtypeStruct)
+            setattr(copy, name, turn(group) if abstract else jax.jit(turn)(group))
     return copy
 
 

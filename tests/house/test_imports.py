@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.house.tree import PACKAGE, ROOT, modules, write_package
+from tests.house.tree import PACKAGE, ROOT, expect_none, modules, write_package
 
-# Part -> the parts that it stands on. It may also import what those may. "cli" and the modules at the top of the package
-# (glm_jax/__init__.py and the conveniences beside it) may import everything; everything may import glm_jax.errors.
+# Part -> the parts that it stands on; it may also import what those may. "cli" and the modules at the package's top
+# (glm_jax/__init__.py and the conveniences beside it) may import everything. Everything may import glm_jax.errors.
 STANDS_ON = {
     "configs": (),
     "sharding": ("configs",),
@@ -48,7 +48,7 @@ def reachable(part: str) -> set[str]:
 
 
 def imported_names(module: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Yields (line, dotted name) for every import of `module` (a path), also inside functions, relative ones resolved."""
+    """Yields (line, dotted name) for each import in `module` (a path), inside functions too, relative ones resolved."""
     package = module.split("/")[:-1]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -101,10 +101,11 @@ def jax_faults(package: Path) -> list[str]:
         if module.split("/")[1] not in WITHOUT_JAX:
             continue
         for statement in run_at_import(tree):
-            if isinstance(statement, ast.Import | ast.ImportFrom):
-                for line, name in imported_names(module, ast.Module([statement], [])):
-                    if name.split(".")[0] in JAX_AND_WHAT_IMPORTS_IT:
-                        faults.append(f"{module}:{line}: imports {name} at the top; import it in the function that needs it")
+            if not isinstance(statement, ast.Import | ast.ImportFrom):
+                continue
+            for line, name in imported_names(module, statement):
+                if name.split(".")[0] in JAX_AND_WHAT_IMPORTS_IT:
+                    faults.append(f"{module}:{line}: imports {name} at the top, not in the function that needs it")
     return faults
 
 
@@ -120,8 +121,22 @@ def strings_in(nodes: list[ast.expr]) -> list[str]:
     return [child.value for child in walked if isinstance(child, ast.Constant) and isinstance(child.value, str)]
 
 
+def axes_in_call(call: ast.Call, originals: dict[str, str]) -> list[str]:
+    """Returns the mesh axes that a call names: any string of a PartitionSpec or Mesh, a mesh axis in a collective."""
+    called = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    called = originals.get(called, called)
+    arguments = [*call.args, *(keyword.value for keyword in call.keywords)]
+    if called in ("PartitionSpec", "P", "Mesh", "make_mesh"):
+        return strings_in(arguments)
+    if called in COLLECTIVES:
+        return [text for text in strings_in(arguments) if text in MESH_AXES]
+    if called == "shard_map":
+        return strings_in([keyword.value for keyword in call.keywords if keyword.arg == "axis_names"])
+    return []
+
+
 def axis_faults(package: Path) -> list[str]:
-    """Returns a line for every mesh axis that is named outside sharding/: in a PartitionSpec, a collective or mesh.shape.
+    """Returns a line for each mesh axis named outside sharding/: in a PartitionSpec, a collective or mesh.shape.
 
     Layers name logical axes, some of which are spelled like a mesh axis; so it is the use that counts, not the string.
     """
@@ -133,32 +148,23 @@ def axis_faults(package: Path) -> list[str]:
         for node in ast.walk(tree):
             used: list[str] = []
             if isinstance(node, ast.Call):
-                called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-                called = originals.get(called, called)
-                arguments = [*node.args, *(keyword.value for keyword in node.keywords)]
-                if called in ("PartitionSpec", "P"):
-                    used = strings_in(arguments)
-                elif called in COLLECTIVES:
-                    used = [text for text in strings_in(arguments) if text in MESH_AXES]
-                elif called in ("shard_map", "Mesh", "make_mesh"):
-                    named = [k.value for k in node.keywords if k.arg == "axis_names"]
-                    used = strings_in(named if called == "shard_map" else arguments)
-            elif isinstance(node, ast.Subscript) and isinstance(node.value, ast.Attribute) and node.value.attr == "shape":
+                used = axes_in_call(node, originals)
+            elif isinstance(node, ast.Subscript) and getattr(node.value, "attr", "") == "shape":
                 used = [text for text in strings_in([node.slice]) if text in MESH_AXES]
             faults.extend(f"{module}:{node.lineno}: names the mesh axis '{text}' outside sharding/" for text in used)
     return faults
 
 
 def test_imports_follow_the_direction():
-    assert direction_faults(PACKAGE) == []
+    expect_none(direction_faults(PACKAGE))
 
 
 def test_configs_text_and_data_import_no_jax_at_the_top():
-    assert jax_faults(PACKAGE) == []
+    expect_none(jax_faults(PACKAGE))
 
 
 def test_mesh_axes_are_named_only_in_sharding():
-    assert axis_faults(PACKAGE) == []
+    expect_none(axis_faults(PACKAGE))
 
 
 @pytest.mark.parametrize("name", ["glm_jax", *(f"glm_jax.{part}" for part in WITHOUT_JAX)])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.house.tree import ROOT
+from tests.house.tree import ROOT, expect_none
 
 # A home or work directory at the root, where a path can begin; "docs/home" and "example.org/home" are none.
 MACHINE_PATH = re.compile(r"""(?<![\w./~$})<>-])/(?:work|root|home)(?=[/\s"'`),;:]|$)""", re.MULTILINE)
@@ -45,7 +45,7 @@ def path_faults(files: Iterator[Path]) -> list[str]:
 
 
 def test_no_file_names_a_path_of_one_machine():
-    assert path_faults(tracked_files(ROOT)) == []
+    expect_none(path_faults(tracked_files(ROOT)))
 
 
 def test_the_listing_finds_the_package_and_no_environment():

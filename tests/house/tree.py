@@ -19,8 +19,13 @@ def modules(package: Path) -> Iterator[tuple[str, ast.Module]]:
         yield name, ast.parse(path.read_text(encoding="utf-8"), filename=name)
 
 
+def expect_none(faults: list[str]) -> None:
+    """Fails with every fault on a line of its own."""
+    assert not faults, "\n" + "\n".join(faults)
+
+
 def write_package(directory: Path, files: dict[str, str]) -> Path:
-    """Writes a package `glm_jax` of `files` (path in the package -> source) below `directory`, to show a check failing."""
+    """Writes a package `glm_jax` of `files` (path in it -> source) below `directory`, to show that a check can fail."""
     package = directory / "glm_jax"
     for name, source in files.items():
         path = package / name

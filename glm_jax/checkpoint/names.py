@@ -1,0 +1,177 @@
+"""Hugging Face's tensor names <-> the weights of the model: one reversible table a family.
+
+A row says which slice of which weight a tensor is. Orientation is the same on both sides, so every tensor is a plain
+copy, reshaped at most (`q_proj` [N * H, D] is `attention.q` [N, H, D]). Names are templates over `{layer}`, the number
+of the decoder layer, and `{expert}`. The MTP layer is stored as decoder layer number `num_layers`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+from glm_jax.configs import ModelConfig
+from glm_jax.model import Transformer
+from glm_jax.sharding import weights_by_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One kind of tensor.
+
+    Attributes:
+        tensor: template of the name after the layer's prefix, or of the whole name outside the layers.
+        weight: name of the weight within the layer, or in the model.
+        part: index into the weight behind the layer and the expert (0 gate, 1 up).
+        fold: how many of the weight's remaining dimensions each of the tensor's dimensions is the product of.
+    """
+
+    tensor: str
+    weight: str
+    part: tuple[int, ...] = ()
+    fold: tuple[int, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """The place of one tensor: `weight[index]`, in the shape that Hugging Face stores it.
+
+    Attributes:
+        weight: name of the weight in the stacked model.
+        index: leading indices into it.
+        part_shape: of that slice of the weight.
+        shape: of the tensor as stored in the source, with the same elements in the same order.
+        stands_for: for a fused tensor the canonical names that it replaces.
+    """
+
+    weight: str
+    index: tuple[int, ...]
+    part_shape: tuple[int, ...]
+    shape: tuple[int, ...]
+    stands_for: tuple[str, ...] = ()
+
+
+_GLM4_MOE = {
+    "model": (
+        Row("model.embed_tokens.weight", "embedding.weight"),
+        Row("model.norm.weight", "final_norm.scale"),
+        Row("lm_head.weight", "head.weight"),
+    ),
+    "layer": (
+        Row("input_layernorm.weight", "attention_norm.scale"),
+        Row("post_attention_layernorm.weight", "mlp_norm.scale"),
+        Row("self_attn.q_proj.weight", "attention.q", fold=(2, 1)),
+        Row("self_attn.q_proj.bias", "attention.q_bias", fold=(2,)),
+        Row("self_attn.k_proj.weight", "attention.k", fold=(2, 1)),
+        Row("self_attn.k_proj.bias", "attention.k_bias", fold=(2,)),
+        Row("self_attn.v_proj.weight", "attention.v", fold=(2, 1)),
+        Row("self_attn.v_proj.bias", "attention.v_bias", fold=(2,)),
+        Row("self_attn.o_proj.weight", "attention.o", fold=(1, 2)),
+        Row("self_attn.q_norm.weight", "attention.q_norm.scale"),
+        Row("self_attn.k_norm.weight", "attention.k_norm.scale"),
+        Row("mlp.gate_proj.weight", "mlp.gate_up", part=(0,)),
+        Row("mlp.up_proj.weight", "mlp.gate_up", part=(1,)),
+        Row("mlp.down_proj.weight", "mlp.down"),
+        Row("mlp.gate.weight", "moe.router.weight"),
+        Row("mlp.gate.e_score_correction_bias", "moe.router.bias"),
+        Row("mlp.experts.{expert}.gate_proj.weight", "moe.experts.gate_up", part=(0,)),
+        Row("mlp.experts.{expert}.up_proj.weight", "moe.experts.gate_up", part=(1,)),
+        Row("mlp.experts.{expert}.down_proj.weight", "moe.experts.down"),
+        Row("mlp.shared_experts.gate_proj.weight", "moe.shared.gate_up", part=(0,)),
+        Row("mlp.shared_experts.up_proj.weight", "moe.shared.gate_up", part=(1,)),
+        Row("mlp.shared_experts.down_proj.weight", "moe.shared.down"),
+    ),
+    "mtp": (
+        Row("enorm.weight", "embed_norm.scale"),
+        Row("hnorm.weight", "hidden_norm.scale"),
+        Row("eh_proj.weight", "projection"),
+        Row("shared_head.norm.weight", "norm.scale"),
+        Row("embed_tokens.weight", "embedding.weight"),
+        Row("shared_head.head.weight", "head.weight"),
+    ),
+    # What transformers 5 keeps in memory, and some tools write: all experts of a layer in one tensor, gate before up.
+    "fused": (
+        Row("mlp.experts.gate_up_proj", "moe.experts.gate_up", fold=(1, 2, 1)),
+        Row("mlp.experts.down_proj", "moe.experts.down", fold=(1, 1, 1)),
+    ),
+}
+
+_TABLES = {"glm4_moe": _GLM4_MOE}
+
+# Tensors of published checkpoints that hold nothing a model needs.
+_JUNK = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+def is_junk(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor is known to be superfluous: old rotary tables, or the head of a model that ties it."""
+    return bool(_JUNK.fullmatch(name)) or (config.tie_embeddings and name == "lm_head.weight")
+
+
+def canonical_slots(config: ModelConfig) -> dict[str, Slot]:
+    """Every tensor of the family's published layout (one for each expert) with its slot, in checkpoint order."""
+    return {name: slot for name, slot, fused in _all_slots(config) if not fused}
+
+
+def fused_slots(config: ModelConfig) -> dict[str, Slot]:
+    """The tensors that may stand in for the per-expert ones, each with the names it replaces."""
+    return {name: slot for name, slot, fused in _all_slots(config) if fused}
+
+
+def mtp_prefix(config: ModelConfig) -> str:
+    """The prefix of the names of the MTP layer's tensors."""
+    return f"model.layers.{config.num_layers}."
+
+
+def mtp_copy_names(config: ModelConfig) -> dict[str, str]:
+    """The names of the optional copies, by the main weight that they repeat (`embedding`, `head`)."""
+    rows = {row.weight: row.tensor for row in _TABLES[config.model_type]["mtp"]}
+    return {kind: mtp_prefix(config) + rows[f"{kind}.weight"] for kind in ("embedding", "head")}
+
+
+def _all_slots(config: ModelConfig) -> Iterator[tuple[str, Slot, bool]]:
+    table = _TABLES[config.model_type]
+    shapes = {name: w.get_raw_value().shape for name, w in weights_by_name(Transformer(config)).items()}
+
+    def expand(rows, prefix: str, group: str, lead: tuple[int, ...]) -> Iterator[tuple[str, Slot]]:
+        for row in rows:
+            weight = group + row.weight
+            if weight not in shapes:
+                continue
+            if "{expert}" not in row.tensor:
+                yield prefix + row.tensor, _slot(row, weight, shapes[weight], lead + row.part)
+                continue
+            for expert in range(config.moe.num_experts):
+                name = prefix + row.tensor.format(expert=expert)
+                yield name, _slot(row, weight, shapes[weight], (*lead, expert, *row.part))
+
+    def expand_layer(prefix: str, group: str, lead: tuple[int, ...]) -> Iterator[tuple[str, Slot, bool]]:
+        single = list(expand(table["layer"], prefix, group, lead))
+        yield from ((name, slot, False) for name, slot in single)
+        for name, slot in expand(table["fused"], prefix, group, lead):
+            replaced = tuple(other for other, s in single if s.weight == slot.weight)
+            yield name, dataclasses.replace(slot, stands_for=replaced), True
+
+    for name, slot in expand(table["model"], "", "", ()):
+        yield name, slot, False
+    for number in range(config.num_layers):
+        dense = number < config.num_dense_layers
+        group, position = ("dense.", number) if dense else ("moe.", number - config.num_dense_layers)
+        yield from expand_layer(f"model.layers.{number}.", group, (position,))
+    if config.num_mtp_layers:
+        prefix = mtp_prefix(config)
+        yield from expand_layer(prefix, "mtp.layer.", ())
+        for name, slot in expand(table["mtp"], prefix, "mtp.", ()):
+            yield name, slot, False
+
+
+def _slot(row: Row, weight: str, shape: tuple[int, ...], index: tuple[int, ...]) -> Slot:
+    rest = shape[len(index) :]
+    if row.fold is None:
+        return Slot(weight, index, rest, rest)
+    folded, position = [], 0
+    for count in row.fold:
+        folded.append(math.prod(rest[position : position + count]))
+        position += count
+    return Slot(weight, index, rest, tuple(folded))
