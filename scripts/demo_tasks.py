@@ -1,4 +1,4 @@
-"""The demo model's lessons: seeded tasks with exact answers, as conversations, as token ids, and how answers are checked.
+"""The demo model's lessons: seeded tasks with exact answers, as conversations, as token ids, and how to check them.
 
 Running sums and the ball under the cups need one small step per term or swap: easy to think through, hard to answer at
 once. Products of large numbers need the calculator, small sums beside a calculator do not. A few greetings make the

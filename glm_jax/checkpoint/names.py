@@ -100,6 +100,9 @@ _GLM4_MOE = {
 
 _TABLES = {"glm4_moe": _GLM4_MOE}
 
+# The groups of the model whose weights have a leading dimension of layers.
+LAYER_GROUPS = ("dense", "moe")
+
 # Tensors of published checkpoints that hold nothing a model needs.
 _JUNK = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 

@@ -114,7 +114,7 @@ class OrbaxWriter:
         shape = _shape_of(box)
         if array.shape != shape or array.dtype != DTYPES[spec.dtype]:
             raise ValueError(
-                f"array {name!r} at {index}: planned {spec.dtype} {shape}, got {array.dtype} {array.shape}; cast it first"
+                f"array {name!r} at {index}: planned {spec.dtype} {shape}, got {array.dtype} {array.shape}"
             )
         try:
             self._stores[name][box].write(array).result()

@@ -15,6 +15,7 @@ import numpy as np
 from glm_jax import configs
 from glm_jax.checkpoint.accounting import plan_source
 from glm_jax.checkpoint.names import Slot
+from glm_jax.checkpoint.safetensors import NUMPY_DTYPES
 from glm_jax.checkpoint.safetensors_dir import SafetensorsDir
 from glm_jax.configs import ModelConfig
 
@@ -50,19 +51,31 @@ class HfSource:
         self.plan = plan_source(declared, self.files.tensors)
         self.config = self.plan.config
         self._tensors: dict[tuple[str, tuple[int, ...]], list[tuple[str, Slot]]] = defaultdict(list)
+        self._names: dict[str, list[str]] = defaultdict(list)
         for name, slot in self.plan.slots.items():
             self._tensors[slot.weight, slot.index[:1]].append((name, slot))
+            self._names[slot.weight].append(name)
+
+    def tensors_in(self, weight: str, index: Index) -> list[tuple[str, Slot]]:
+        """The tensors that `weight[index]` is made of."""
+        whole = self._tensors.get((weight, ()))
+        if whole is not None:
+            return whole
+        first = range(index[0].start, index[0].stop)
+        candidates = itertools.chain.from_iterable(self._tensors[weight, (i,)] for i in first)
+        return [(name, slot) for name, slot in candidates if _within(slot.index, index)]
+
+    def dtypes(self, weight: str) -> list[np.dtype]:
+        """The dtypes of all tensors of a weight."""
+        return [NUMPY_DTYPES[self.files.tensors[name].dtype] for name in self._names[weight]]
 
     def read(self, weight: str, index: Index) -> np.ndarray:
         """Assemble `weight[index]` from the tensors that lie in it."""
-        whole = self._tensors.get((weight, ()))
-        if whole:
-            name, slot = whole[0]
+        parts = self.tensors_in(weight, index)
+        if not parts[0][1].index:
+            name, slot = parts[0]
             return self.files.read(name).reshape(slot.part_shape)[index]
-        first = range(index[0].start, index[0].stop)
-        candidates = itertools.chain.from_iterable(self._tensors[weight, (i,)] for i in first)
-        parts = [(name, slot) for name, slot in candidates if _within(slot.index, index)]
-        dtype = common_dtype([self.files.read(name).dtype for name, _ in parts])
+        dtype = common_dtype([NUMPY_DTYPES[self.files.tensors[name].dtype] for name, _ in parts])
         result = np.empty([part.stop - part.start for part in index], dtype)
         for name, slot in parts:
             at = tuple(i - part.start for i, part in zip(slot.index, index, strict=False))

@@ -47,6 +47,11 @@ def read_config_json(directory: str | Path) -> dict[str, Any]:
     return content
 
 
+def write_config_json(directory: str | Path, content: Mapping[str, Any]) -> None:
+    """Write the config.json of an HF directory."""
+    (Path(directory) / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def from_hf(source: str | Path | Mapping[str, Any]) -> ModelConfig:
     """Return the `ModelConfig` of a config.json, given as its directory or as its content.
 

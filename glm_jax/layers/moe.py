@@ -35,6 +35,10 @@ class Moe(nnx.Module):
 
     def __call__(self, x: jax.Array, step: Step) -> jax.Array:
         """x [B, T, D] -> [B, T, D]."""
+        return self.routed(x, step)[0]
+
+    def routed(self, x: jax.Array, step: Step) -> tuple[jax.Array, jax.Array]:
+        """x [B, T, D] -> [B, T, D], and the experts chosen for each token, int32 [B, T, K]."""
         routing = self.router(x)
         tokens, config = x.shape[0] * x.shape[1], self.config
         name = step.kernels.experts or choose(
@@ -48,4 +52,4 @@ class Moe(nnx.Module):
             down=self.experts.down[...],
             experts=IMPLEMENTATIONS[name],
         )
-        return routed if self.shared is None else routed + self.shared(x)
+        return routed if self.shared is None else routed + self.shared(x), routing.ids

@@ -33,10 +33,17 @@ class DecoderLayer(nnx.Module):
         self, x: jax.Array, step: Step, cache: KvCache | None, layer: jax.Array | None
     ) -> tuple[jax.Array, KvCache | None]:
         """x [B, T, D] -> [B, T, D] and the cache with this pass's rows (`layer`: its index in a stacked cache)."""
+        return self.routed(x, step, cache, layer)[:2]
+
+    def routed(
+        self, x: jax.Array, step: Step, cache: KvCache | None, layer: jax.Array | None
+    ) -> tuple[jax.Array, KvCache | None, jax.Array | None]:
+        """What a call returns, and the experts chosen, int32 [B, T, K] (None with a dense MLP)."""
         attended, cache = self.attention(self.attention_norm(x), step, cache, layer)
         x = x + attended
         normal = self.mlp_norm(x)
-        return x + (self.moe(normal, step) if self.mlp is None else self.mlp(normal)), cache
+        mlp, ids = self.moe.routed(normal, step) if self.mlp is None else (self.mlp(normal), None)
+        return x + mlp, cache, ids
 
 
 def _attention(config: ModelConfig) -> GqaAttention:
@@ -71,6 +78,12 @@ class MtpLayer(nnx.Module):
         self, embedded: jax.Array, hidden: jax.Array, step: Step, cache: KvCache | None
     ) -> tuple[jax.Array, KvCache | None]:
         """Embeddings of the next tokens and hidden states [B, T, D] -> normalised hidden states for the head."""
+        return self.routed(embedded, hidden, step, cache)[:2]
+
+    def routed(
+        self, embedded: jax.Array, hidden: jax.Array, step: Step, cache: KvCache | None
+    ) -> tuple[jax.Array, KvCache | None, jax.Array | None]:
+        """What a call returns, and the experts chosen, int32 [B, T, K]."""
         joined = jnp.concatenate([self.embed_norm(embedded), self.hidden_norm(hidden)], axis=-1)
-        x, cache = self.layer(project("btc,dc->btd", joined, self.projection[...]), step, cache, None)
-        return self.norm(x), cache
+        x, cache, ids = self.layer.routed(project("btc,dc->btd", joined, self.projection[...]), step, cache, None)
+        return self.norm(x), cache, ids

@@ -75,20 +75,37 @@ def run(
 ) -> tuple[jax.Array, KvCache | tuple[KvCache, ...] | None]:
     """Run all layers of a group over x [B, T, D]; the cache has the group's own form (see `model.cache`)."""
     if is_stacked(group):
-        return _run_scan(group, x, step, cache)
+        x, cache, _ = _run_scan(group, x, step, cache, routing=False)
+    else:
+        x, cache, _ = _run_loop(group, x, step, cache)
+    return x, cache
+
+
+def run_routed(group: Group, x: jax.Array, step: Step) -> tuple[jax.Array, jax.Array]:
+    """Run a group of MoE layers over whole sequences: x [B, T, D], and the experts chosen, int32 [L, B, T, K]."""
+    if is_stacked(group):
+        x, _, ids = _run_scan(group, x, step, None, routing=True)
+        return x, ids
+    x, _, each = _run_loop(group, x, step, None)
+    return x, jnp.stack(each)
+
+
+def _run_loop(group: nnx.List, x: jax.Array, step: Step, cache: tuple[KvCache, ...] | None):
     caches = (None,) * len(group) if cache is None else cache
-    written = []
+    written, ids = [], []
     for layer, layer_cache in zip(group, caches, strict=True):
-        x, layer_cache = layer(x, step, layer_cache, None)
+        x, layer_cache, layer_ids = layer.routed(x, step, layer_cache, None)
         written.append(layer_cache)
-    return x, None if cache is None else tuple(written)
+        ids.append(layer_ids)
+    return x, None if cache is None else tuple(written), ids
 
 
-def _run_scan(group: DecoderLayer, x: jax.Array, step: Step, cache: KvCache | None):
+def _run_scan(group: DecoderLayer, x: jax.Array, step: Step, cache: KvCache | None, *, routing: bool):
     def body(carry, index_and_layer):
         x, cache = carry
         index, layer = index_and_layer
-        return layer(x, step, cache, index), None
+        x, cache, ids = layer.routed(x, step, cache, index)
+        return (x, cache), ids if routing else None
 
-    (x, cache), _ = jax.lax.scan(body, (x, cache), (jnp.arange(depth(group)), group))
-    return x, cache
+    (x, cache), ids = jax.lax.scan(body, (x, cache), (jnp.arange(depth(group)), group))
+    return x, cache, ids

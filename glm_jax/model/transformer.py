@@ -39,7 +39,9 @@ from glm_jax.sharding import (
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["logits", "hidden", "mtp_logits"], meta_fields=[]
+    jax.tree_util.register_dataclass,
+    data_fields=["logits", "hidden", "mtp_logits", "expert_ids", "mtp_expert_ids"],
+    meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class Output:
@@ -49,11 +51,15 @@ class Output:
         logits: float32 [B, T, V].
         hidden: [B, T, D], after the final norm.
         mtp_logits: float32 [B, T - 1, V], row t predicting token t + 2; None unless asked for.
+        expert_ids: the experts that each MoE layer chose, int32 [L, B, T, K]; None unless asked for.
+        mtp_expert_ids: those of the MTP layer, int32 [B, T - 1, K].
     """
 
     logits: jax.Array
     hidden: jax.Array
     mtp_logits: jax.Array | None
+    expert_ids: jax.Array | None = None
+    mtp_expert_ids: jax.Array | None = None
 
 
 class Transformer(nnx.Module):
@@ -152,6 +158,15 @@ class Transformer(nnx.Module):
             x, moe = stack.run(self.moe, x, step, moe)
         return self.final_norm(x), None if cache is None else Cache(dense, moe, cache.mtp)
 
+    def routed_states(self, tokens: jax.Array, *, step: Step) -> tuple[jax.Array, jax.Array | None]:
+        """Hidden states [B, T, D] of whole sequences, and the experts chosen, int32 [L, B, T, K] (None without any)."""
+        x, ids = self.embedding(tokens), None
+        if self.dense is not None:
+            x, _ = stack.run(self.dense, x, step, None)
+        if self.moe is not None:
+            x, ids = stack.run_routed(self.moe, x, step)
+        return self.final_norm(x), ids
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [B, T, D] -> float32 logits [B, T, V]."""
         head = self.embedding if self.head is None else self.head
@@ -162,17 +177,23 @@ class Transformer(nnx.Module):
         return Step(positions, rotation(positions, self.config.attention.rope), fresh=fresh, kernels=kernels)
 
 
-def forward(model: Transformer, tokens: jax.Array, *, mtp: bool, kernels: Kernels) -> Output:
-    """The forward pass over whole sequences, as a pure function to trace."""
+def forward(
+    model: Transformer, tokens: jax.Array, *, mtp: bool, kernels: Kernels, routing: bool = False
+) -> Output:
+    """The forward pass over whole sequences, as a pure function to trace; `routing` also returns the experts chosen."""
     positions = jnp.zeros_like(tokens) + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    hidden, _ = model.hidden_states(tokens, step=model.step(positions, fresh=True, kernels=kernels))
-    mtp_logits = None
+    step = model.step(positions, fresh=True, kernels=kernels)
+    ids = mtp_logits = mtp_ids = None
+    if routing:
+        hidden, ids = model.routed_states(tokens, step=step)
+    else:
+        hidden, _ = model.hidden_states(tokens, step=step)
     if mtp:
         assert model.mtp is not None
         step = model.step(positions[:, :-1], fresh=True, kernels=kernels)
-        next_hidden, _ = model.mtp(model.embedding(tokens[:, 1:]), hidden[:, :-1], step, None)
+        next_hidden, _, mtp_ids = model.mtp.routed(model.embedding(tokens[:, 1:]), hidden[:, :-1], step, None)
         mtp_logits = model.logits(next_hidden)
-    return Output(model.logits(hidden), hidden, mtp_logits)
+    return Output(model.logits(hidden), hidden, mtp_logits, ids, mtp_ids if routing else None)
 
 
 _forward_jit = jax.jit(forward, static_argnames=("mtp", "kernels"))

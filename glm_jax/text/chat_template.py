@@ -119,6 +119,7 @@ class ChatTemplate:
         if enable_thinking is not None:
             variables["enable_thinking"] = enable_thinking
         visible = {
+            "documents": None,
             **self._variables,
             **variables,
             "messages": ordered,
@@ -231,6 +232,7 @@ def _tojson(
     ensure_ascii: bool = False,
     indent: int | None = None,
     separators: tuple[str, str] | None = None,
+    *,
     sort_keys: bool = False,
 ) -> str:
     """JSON as the models were trained on it: not escaped for HTML, other scripts as they are."""

@@ -25,7 +25,9 @@ def test_success_publishes_everything_and_nothing_else(tmp_path: Path) -> None:
     assert os.listdir(target.parent) == ["out"]
 
 
-@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), FileNotFoundError(errno.ENOENT, "no", "/src")])
+@pytest.mark.parametrize(
+    "error", [ValueError("no"), KeyboardInterrupt(), FileNotFoundError(errno.ENOENT, "no", "/src")]
+)
 def test_failure_removes_everything_and_passes_the_exception_on(tmp_path: Path, error: BaseException) -> None:
     with pytest.raises(type(error)) as caught, new_directory(tmp_path / "out") as partial:
         (partial / "file").write_text("x")
@@ -54,20 +56,26 @@ def test_a_target_with_contents_is_refused_and_kept(tmp_path: Path) -> None:
 
 
 def test_a_target_filled_meanwhile_keeps_both(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="finished output is kept at .*out.partial-") as caught:
-        with new_directory(tmp_path / "out") as partial:
-            (partial / "mine").write_text("x")
-            (tmp_path / "out").mkdir()
-            (tmp_path / "out" / "theirs").write_text("y")
+    words = r"finished output is kept at .*out\.partial-"
+    with pytest.raises(CheckpointError, match=words) as caught, new_directory(tmp_path / "out") as partial:
+        (partial / "mine").write_text("x")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs").write_text("y")
     assert (tmp_path / "out" / "theirs").exists()
     assert (Path(str(caught.value).split("kept at ")[1]) / "mine").exists()
 
 
 @pytest.mark.parametrize(
     ("code", "words"),
-    [(errno.ENOSPC, "no space left on the device .*7.0 GB needed"), (errno.EROFS, "read-only"), (errno.EDQUOT, "quota")],
+    [
+        (errno.ENOSPC, "no space left on the device .*7.0 GB needed"),
+        (errno.EROFS, "read-only"),
+        (errno.EDQUOT, "quota"),
+    ],
 )
-def test_a_refusing_file_system_is_one_line(tmp_path: Path, code: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusing_file_system_is_one_line(
+    tmp_path: Path, code: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(atomic, "check_free_space", lambda *_: None)
     with pytest.raises(CheckpointError, match=words) as caught, new_directory(tmp_path / "out", bytes_needed=7 * 10**9):
         raise OSError(code, os.strerror(code))
@@ -86,13 +94,13 @@ def test_permission_denied_names_the_path(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_an_error_that_names_its_file_is_reported_with_it(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"^{tmp_path / 'gone'}: No such file"), reporting_os_errors(tmp_path):
-        open(tmp_path / "gone")
+        os.stat(tmp_path / "gone")
 
 
 def test_free_space(tmp_path: Path) -> None:
     check_free_space(tmp_path / "not" / "yet", 1)
     free = shutil.disk_usage(tmp_path).free
-    with pytest.raises(CheckpointError, match="needs .* are free there"):
+    with pytest.raises(CheckpointError, match=r"needs .* are free there"):
         check_free_space(tmp_path / "not" / "yet", free * 2)
     with pytest.raises(CheckpointError, match="needs"), new_directory(tmp_path / "out", bytes_needed=free * 2):
         pass
@@ -101,7 +109,14 @@ def test_free_space(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.0 kB"), (999_999, "1.0 MB"), (213 * 10**9, "213.0 GB"), (2 * 10**12, "2.0 TB")],
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1.0 kB"),
+        (999_999, "1.0 MB"),
+        (213 * 10**9, "213.0 GB"),
+        (2 * 10**12, "2.0 TB"),
+    ],
 )
 def test_sizes_are_readable(count: int, text: str) -> None:
     assert format_bytes(count) == text

@@ -1,0 +1,94 @@
+"""What a caller asks of a generation, checked where it is built."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Iterable, Sequence
+
+from glm_jax.configs import ModelConfig
+from glm_jax.errors import InputError
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen and when to stop.
+
+    Attributes:
+        max_new_tokens: at most this many new tokens a prompt.
+        temperature: 0 is greedy; otherwise logits are divided by it.
+        top_k: choose among the k likeliest tokens only; 0 for all.
+        top_p: choose among the likeliest tokens that together reach this probability; 1 for all. Applied after top_k.
+        seed: of the random choices. A prompt's choices depend on it, the prompt's place in the list and the position.
+        stop: token ids that end a sequence; the one that did is the last new token.
+
+    Raises:
+        InputError: a value is out of its range; the message names it.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, low in (("max_new_tokens", 1), ("top_k", 0), ("seed", 0)):
+            value = _integer(getattr(self, name), name)
+            if not low <= value <= MAX_SEED:
+                raise InputError(f"{name} must be an integer of at least {low}, not {value}")
+            object.__setattr__(self, name, value)
+        if not (_is_number(self.temperature) and 0 <= self.temperature < math.inf):
+            raise InputError(f"temperature must be a finite number of at least 0, not {self.temperature!r}")
+        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise InputError(f"top_p must be above 0 and at most 1, not {self.top_p!r}")
+        object.__setattr__(self, "stop", tuple(_integer(token, "stop") for token in self.stop))
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature == 0
+
+
+def check_prompts(
+    prompts: Iterable[Sequence[int]], config: ModelConfig, max_new_tokens: int
+) -> list[list[int]]:
+    """Return the prompts as lists of ints.
+
+    Raises:
+        InputError: a prompt is empty, holds what is no token of the vocabulary, or leaves no room for the new tokens.
+    """
+    checked = []
+    for number, prompt in enumerate(prompts):
+        if isinstance(prompt, str | bytes) or not hasattr(prompt, "__iter__"):
+            raise InputError(f"prompt {number} is {type(prompt).__name__}, not a list of token ids")
+        tokens = [_integer(token, f"prompt {number}") for token in prompt]
+        if not tokens:
+            raise InputError(f"prompt {number} is empty; a prompt has at least one token")
+        wrong = next((token for token in tokens if not 0 <= token < config.vocab_size), None)
+        if wrong is not None:
+            raise InputError(f"prompt {number}: token {wrong} is outside the vocabulary 0..{config.vocab_size - 1}")
+        if len(tokens) + max_new_tokens > config.max_positions:
+            raise InputError(
+                f"prompt {number}: {len(tokens)} tokens and {max_new_tokens} new ones exceed the model's "
+                f"{config.max_positions} positions"
+            )
+        checked.append(tokens)
+    return checked
+
+
+def _integer(value: object, name: str) -> int:
+    if isinstance(value, bool):
+        raise InputError(f"{name}: {value!r} is not an integer")
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise InputError(f"{name}: {value!r} is not an integer") from None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,70 @@
+"""The generation defaults of a checkpoint directory."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from glm_jax.errors import TextError
+from glm_jax.text import GenerationDefaults
+
+
+def written(directory, generation=None, config=None) -> GenerationDefaults:
+    for name, value in (("generation_config.json", generation), ("config.json", config)):
+        if value is not None:
+            (directory / name).write_text(value if isinstance(value, str) else json.dumps(value))
+    return GenerationDefaults.load(directory)
+
+
+def test_the_demo_stops_like_glm(demo):
+    assert GenerationDefaults.load(demo) == GenerationDefaults((476, 483, 485))
+
+
+def test_values(tmp_path):
+    values = {"eos_token_id": [3, 1, 3], "temperature": 1, "top_p": 0.95, "top_k": 40, "do_sample": True}
+    assert written(tmp_path, values) == GenerationDefaults((3, 1), 1.0, 0.95, 40)
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "stop_ids"),
+    [
+        (None, None, ()),
+        ({}, {}, ()),
+        ({"eos_token_id": 0}, {"eos_token_id": 5}, (0,)),
+        (None, {"eos_token_id": 5}, (5,)),
+        ({"temperature": None}, {"eos_token_id": [5, 6]}, (5, 6)),
+        ({"eos_token_id": None}, {"eos_token_id": None}, ()),
+    ],
+)
+def test_where_the_stop_ids_come_from(tmp_path, generation, config, stop_ids):
+    assert written(tmp_path, generation, config) == GenerationDefaults(stop_ids)
+
+
+@pytest.mark.parametrize(
+    ("generation", "fault"),
+    [
+        ("", "is empty"),
+        ('{"eos_token_id": [1', "is not JSON"),
+        ("[]", "holds a JSON list"),
+        ({"eos_token_id": "1"}, "eos_token_id is '1'"),
+        ({"eos_token_id": [1, -2]}, "eos_token_id"),
+        ({"eos_token_id": [True]}, "eos_token_id"),
+        ({"temperature": "hot"}, "temperature is 'hot'; it must be a number"),
+        ({"temperature": -1}, "temperature is -1.0; it must be 0 or more"),
+        ('{"temperature": NaN}', "temperature is nan"),
+        ({"top_p": 0}, "top_p is 0.0; it must be above 0"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_k": 1.5}, "top_k is 1.5; it must be an integer"),
+        ({"top_k": True}, "top_k"),
+    ],
+)
+def test_broken_files(tmp_path, generation, fault):
+    with pytest.raises(TextError, match=fault) as caught:
+        written(tmp_path, generation)
+    assert "generation_config.json: " in str(caught.value)
+
+
+def test_a_broken_config(tmp_path):
+    with pytest.raises(TextError, match=r"[/\\]config.json: eos_token_id"):
+        written(tmp_path, None, {"eos_token_id": {}})
