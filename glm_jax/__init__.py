@@ -12,7 +12,7 @@ from glm_jax import configs
 from glm_jax.errors import CheckpointError, ConfigError, Error, InputError, ShardingError, TextError
 
 if TYPE_CHECKING:
-    from glm_jax.chat import Chat
+    from glm_jax.serving import Chat
     from glm_jax.checkpoint import convert, export, load
     from glm_jax.inference import generate
     from glm_jax.model import Transformer, count_parameters
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
-    "Chat": "glm_jax.chat",
+    "Chat": "glm_jax.serving",
     "Rules": "glm_jax.sharding",
     "Transformer": "glm_jax.model",
     "convert": "glm_jax.checkpoint",

@@ -230,11 +230,11 @@ def load_tokenizer(directory: str | os.PathLike[str]) -> JsonTokenizer | Sentenc
 class StreamDecoder:
     """Turns ids into text one at a time: the deltas and the flush, joined, are `decode` of all the ids.
 
-    A character whose bytes are spread over several tokens comes out whole, with the last of them. Only a window of tokens
-    is decoded again with each id: those whose text is not all out, after the last ones that showed something, which give
-    the decoder its context (a SentencePiece decoder drops the first spaces of what it is given). One exception to the
-    equality: a `tokenizer.json` with byte fallback decodes a whole run of byte tokens anew when its end turns out not to
-    be UTF-8.
+    A character whose bytes are spread over several tokens comes out whole, with the last of them. Only a window of
+    tokens is decoded again with each id: those whose text is not all out, after the last ones that showed something,
+    which give the decoder its context (a SentencePiece decoder drops the first spaces of what it is given). One
+    exception to the equality: a `tokenizer.json` with byte fallback decodes a whole run of byte tokens anew when its end
+    turns out not to be UTF-8.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False):
@@ -254,33 +254,30 @@ class StreamDecoder:
         stable = max(len(text) - min(held, LONGEST_INCOMPLETE), self._out)
         delta = text[self._out : stable]
         self._out = stable
-        if held:
+        if delta.strip(" ") and not held:
+            self._restart(self._pending)
+        elif len(self._context) + len(self._pending) > LONGEST_WINDOW:
             self._cut(text)
-        elif delta.strip(" "):
-            self._restart(self._pending, [])
-        elif self._context:  # spaces give no context
-            self._restart(self._context, [])
         return delta
 
     def flush(self) -> str:
         """Returns what was held back, incomplete characters as U+FFFD, and starts anew."""
         rest = self._tokenizer.decode(self._context + self._pending)[self._out :]
-        self._restart([], [])
+        self._restart([])
         return rest
 
-    def _restart(self, context: list[int], pending: list[int], out: int | None = None) -> None:
-        self._context, self._pending = context, pending
-        self._out = len(self._tokenizer.decode(context)) if out is None else out
+    def _restart(self, context: list[int]) -> None:
+        self._context, self._pending = context, []
+        self._out = len(self._tokenizer.decode(context))
 
     def _cut(self, text: str) -> None:
-        """Shortens the window of a long run of bytes that are no UTF-8, where that changes nothing."""
+        """Shortens the window in a long run of spaces, or of bytes that are no UTF-8, where that changes nothing."""
         window = self._context + self._pending
-        if len(window) <= LONGEST_WINDOW:
-            return
         tail = window[-LONGEST_WINDOW // 4 :]
         head_text = self._tokenizer.decode(window[: -len(tail)])
         if self._out >= len(head_text) and head_text + self._tokenizer.decode(tail) == text:
-            self._restart([], tail, self._out - len(head_text))
+            self._context, self._pending = [], tail
+            self._out -= len(head_text)
 
 
 def _known(tokenizer: Tokenizer, ids: Sequence[int], skip_special: bool) -> list[int]:

@@ -64,20 +64,32 @@ def sentencepiece_model(directory: Path, **options) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def pieces(tmp_path_factory) -> SentencePieceTokenizer:
+ADDED = {
+    "340": {"content": "<think>", "special": False},
+    "341": {"content": "</think>", "special": False},
+    "345": {"content": "<|user|>", "special": True},
+}
+
+
+def with_added_tokens(directory: Path, **options) -> SentencePieceTokenizer:
     """A SentencePiece tokenizer with added tokens, and a hole in its ids."""
-    directory = tmp_path_factory.mktemp("pieces")
-    sentencepiece_model(directory)
-    listed = {
-        "340": {"content": "<think>", "special": False},
-        "341": {"content": "</think>", "special": False},
-        "345": {"content": "<|user|>", "special": True},
-    }
-    (directory / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": listed}))
+    sentencepiece_model(directory, **options)
+    (directory / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": ADDED}))
     tokenizer = load_tokenizer(directory)
     assert isinstance(tokenizer, SentencePieceTokenizer)
     return tokenizer
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory) -> SentencePieceTokenizer:
+    return with_added_tokens(tmp_path_factory.mktemp("pieces"))
+
+
+@pytest.fixture(scope="module")
+def exact_pieces(tmp_path_factory) -> SentencePieceTokenizer:
+    """One that keeps every space."""
+    options = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    return with_added_tokens(tmp_path_factory.mktemp("exact"), **options)
 
 
 def stream(tokenizer: Tokenizer, ids: list[int], *, skip_special: bool = False) -> list[str]:
@@ -206,10 +218,15 @@ def test_the_deltas_join_to_the_whole(small, ids, skip):
     assert "".join(stream(small, ids, skip_special=skip)) == small.decode(ids, skip_special=skip)
 
 
-@given(ids=st.lists(st.integers(0, 350), max_size=40), skip=st.booleans())
+@pytest.mark.parametrize("name", ["pieces", "exact_pieces"])
+@given(data=st.data(), skip=st.booleans())
 @FEW
-def test_the_deltas_join_to_the_whole_in_pieces(pieces, ids, skip):
-    assert "".join(stream(pieces, ids, skip_special=skip)) == pieces.decode(ids, skip_special=skip)
+def test_the_deltas_join_to_the_whole_in_pieces(request, name, data, skip):
+    tokenizer = request.getfixturevalue(name)
+    space = st.just(tokenizer.token_id("▁"))
+    some = st.sampled_from([*tokenizer.encode("the cup, 🙂"), *tokenizer.encode("<think>hello")])
+    ids = data.draw(st.lists(st.integers(0, 350) | space | some, max_size=40))
+    assert "".join(stream(tokenizer, ids, skip_special=skip)) == tokenizer.decode(ids, skip_special=skip)
 
 
 @given(text=any_text)
@@ -219,10 +236,11 @@ def test_no_partial_character_comes_out(small, text):
         assert "\ufffd" not in delta
 
 
-@pytest.mark.parametrize("text", ["\n", " ", "a ", "\ufffd"])
-@pytest.mark.parametrize("cut", [None, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("text", "cut"), [("\n", 1), (" ", 1), ("a ", 2), ("🙂", 1), ("🙂", 2), ("🙂", 3), ("\ufffd", 3)]
+)
 def test_long_dull_streams_decode_in_linear_time(small, text, cut):
-    ids = [*small.encode("x"), *(small.encode(text if cut is None else "🙂")[:cut] * 3000)]
+    ids = [*small.encode("x"), *(small.encode(text)[:cut] * 3000)]
     sizes = []
 
     class Counting:
