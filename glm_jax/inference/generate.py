@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import jax
 import numpy as np
 
 from glm_jax.inference.config import Sampling, check_prompts
 from glm_jax.inference.sampling import Sampler
-from glm_jax.inference.steps import DecodeState, decode, prefill
+from glm_jax.inference.runner import Runner
 from glm_jax.layers.step import Kernels
-from glm_jax.model import Transformer, create_cache
-from glm_jax.sharding import batch_sharding
+from glm_jax.model import Transformer
 
 MIN_BUCKET = 16
 STEPS_PER_CALL = 16
@@ -68,42 +66,26 @@ def stream(
         InputError: a prompt or a setting is not possible.
     """
     checked = check_prompts(prompts, model.config, sampling.max_new_tokens)
-    return _stream(model, checked, sampling, steps_per_call, kernels or Kernels()) if checked else iter(())
+    if not checked:
+        return iter(())
+    return _stream(Runner(model, kernels=kernels), checked, sampling, steps_per_call)
 
 
 def _stream(
-    model: Transformer, prompts: list[list[int]], sampling: Sampling, steps_per_call: int, kernels: Kernels
+    runner: Runner, prompts: list[list[int]], sampling: Sampling, steps_per_call: int
 ) -> Iterator[list[list[int]]]:
-    mesh = model.mesh
     sampler = Sampler.create(sampling)
-    state = start(model, prompts, sampling.max_new_tokens, sampler, kernels=kernels)
-    first = np.asarray(state.tokens)
+    limit, longest = runner.model.config.max_positions, max(map(len, prompts))
+    room = bucket(longest + sampling.max_new_tokens, limit)
+    state = runner.prefill(prompts, sampler, padded_length=bucket(longest, limit), room=room)
     running = [True] * len(prompts)
-    yield _accept(first[None], running, sampling.stop)
+    yield _accept(np.asarray(state.tokens)[None], running, sampling.stop)
     left = sampling.max_new_tokens - 1
     while left and any(running):
         # A whole call even where fewer steps are left: another number of steps would be another compilation.
-        with jax.set_mesh(mesh):
-            state, tokens = decode(model, state, sampler, steps=steps_per_call, kernels=kernels)
-        yield _accept(np.asarray(tokens)[:left], running, sampling.stop)
+        state, tokens = runner.decode(state, sampler, steps=steps_per_call)
+        yield _accept(tokens[:left], running, sampling.stop)
         left -= min(left, steps_per_call)
-
-
-def start(
-    model: Transformer, prompts: list[list[int]], max_new_tokens: int, sampler: Sampler, *, kernels: Kernels
-) -> DecodeState:
-    """Prefill checked prompts into a cache with room for the new tokens."""
-    mesh, positions = model.mesh, model.config.max_positions
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    padded = np.zeros((len(prompts), bucket(int(lengths.max()), positions)), np.int32)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    room = bucket(int(lengths.max()) + max_new_tokens, positions)
-    placed = batch_sharding(len(prompts), mesh)
-    with jax.set_mesh(mesh):
-        cache = create_cache(model, len(prompts), room)
-        tokens, lengths = jax.device_put((padded, lengths), placed)
-        return prefill(model, tokens, lengths, cache, sampler, kernels=kernels)
 
 
 def bucket(length: int, limit: int) -> int:

@@ -233,8 +233,8 @@ class StreamDecoder:
     A character whose bytes are spread over several tokens comes out whole, with the last of them. Only a window of
     tokens is decoded again with each id: those whose text is not all out, after the last ones that showed something,
     which give the decoder its context (a SentencePiece decoder drops the first spaces of what it is given). One
-    exception to the equality: a `tokenizer.json` with byte fallback decodes a whole run of byte tokens anew when its end
-    turns out not to be UTF-8.
+    exception to the equality: a `tokenizer.json` with byte fallback decodes a whole run of byte tokens anew when its
+    end turns out not to be UTF-8.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False):

@@ -1,0 +1,111 @@
+"""The compiled programs of generation: prefill of padded prompts, and decode steps.
+
+Prompts are padded on the right to a common bucket. What padding writes into the cache is never seen: a query sees the
+rows up to its own position only, and decoding overwrites them one by one.
+
+A model of many unrolled layers is a tree of thousands of nodes. The runner flattens it once and hands the compiled
+programs the flat list, so that a decode step does not walk the tree.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glm_jax.inference.sampling import Sampler
+from glm_jax.layers.step import Kernels
+from glm_jax.model import Cache, Transformer, create_cache
+from glm_jax.sharding import batch_sharding
+
+
+class DecodeState(NamedTuple):
+    """Where a batch of sequences stands.
+
+    Attributes:
+        cache: rows of all tokens before `positions`.
+        tokens: int32 [B], the newest token of each sequence, not yet in the cache.
+        positions: int32 [B], its position.
+    """
+
+    cache: Cache
+    tokens: jax.Array
+    positions: jax.Array
+
+
+class Runner:
+    """Runs one model's compiled programs on its mesh. The only part of generation that touches arrays."""
+
+    def __init__(self, model: Transformer, *, kernels: Kernels | None = None) -> None:
+        self.model = model
+        self.mesh = model.mesh
+        self._leaves, structure = jax.tree.flatten(model)
+        self._programs = _programs(structure, kernels or Kernels())
+        # On CPU a loop around the steps makes XLA run their parts one after the other; elsewhere it saves dispatches.
+        self._steps_fused = self.mesh.devices.flat[0].platform != "cpu"
+
+    def prefill(self, prompts: list[list[int]], sampler: Sampler, *, padded_length: int, room: int) -> DecodeState:
+        """Run prompts, padded to a common length, into a new cache of `room` rows and choose their first tokens."""
+        lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+        tokens = np.zeros((len(prompts), padded_length), np.int32)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        placed = jax.device_put((tokens, lengths), batch_sharding(len(prompts), self.mesh))
+        with jax.set_mesh(self.mesh):
+            cache = create_cache(self.model, len(prompts), room)
+            return self._programs.prefill(self._leaves, *placed, cache, sampler)
+
+    def decode(self, state: DecodeState, sampler: Sampler, *, steps: int) -> tuple[DecodeState, np.ndarray]:
+        """Take `steps` decode steps; returns the new state and the new tokens int32 [steps, B]. Donates the state."""
+        with jax.set_mesh(self.mesh):
+            if self._steps_fused:
+                state, tokens = self._programs.decode(self._leaves, *state, sampler, steps)
+                return DecodeState(*state), np.asarray(tokens)
+            taken = []
+            for _ in range(steps):
+                cache, tokens, positions = self._programs.decode_one(self._leaves, *state, sampler)
+                state = DecodeState(cache, tokens, positions)
+                taken.append(tokens)
+            return state, np.stack([np.asarray(tokens) for tokens in taken])
+
+
+class _Programs(NamedTuple):
+    prefill: Any
+    decode: Any
+    decode_one: Any
+
+
+@functools.lru_cache(maxsize=16)
+def _programs(structure: Any, kernels: Kernels) -> _Programs:
+    """The jitted functions over the leaves of models of one structure; shapes are left to jit's own cache."""
+
+    def prefill(leaves, tokens, lengths, cache, sampler):
+        model = jax.tree.unflatten(structure, leaves)
+        positions = jnp.zeros_like(tokens) + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        step = model.step(positions, fresh=True, kernels=kernels)
+        hidden, cache = model.hidden_states(tokens, step=step, cache=cache)
+        last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
+        return DecodeState(cache, sampler(model.logits(last)[:, 0], lengths), lengths)
+
+    def decode_one(leaves, cache, tokens, positions, sampler):
+        model = jax.tree.unflatten(structure, leaves)
+        step = model.step(positions[:, None], fresh=False, kernels=kernels)
+        hidden, cache = model.hidden_states(tokens[:, None], step=step, cache=cache)
+        return cache, sampler(model.logits(hidden)[:, 0], positions + 1), positions + 1
+
+    def decode(leaves, cache, tokens, positions, sampler, steps):
+        def body(state, _):
+            # The weights are closed over, not carried, and the cache is donated: it is written in place.
+            state = decode_one(leaves, *state, sampler)
+            return state, state[1]
+
+        return jax.lax.scan(body, (cache, tokens, positions), length=steps)
+
+    return _Programs(
+        prefill=jax.jit(prefill, donate_argnums=3),
+        decode=jax.jit(decode, static_argnums=5, donate_argnums=1),
+        decode_one=jax.jit(decode_one, donate_argnums=1),
+    )

@@ -1,0 +1,43 @@
+"""What one training step reads: rows of tokens, padded on the right."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from glm_jax.sharding import batch_sharding
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["tokens", "learnt", "real"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """B sequences of T tokens.
+
+    Attributes:
+        tokens: int32 [B, T].
+        learnt: bool [B, T], the tokens whose prediction is learnt (the first of a row never is).
+        real: bool [B, T], false for padding. Attention is causal, so padding on the right changes nothing before it;
+            it must only be kept out of the experts' loads.
+    """
+
+    tokens: jax.Array | np.ndarray
+    learnt: jax.Array | np.ndarray
+    real: jax.Array | np.ndarray
+
+
+def pad_rows(rows: list[tuple[np.ndarray, np.ndarray]], length: int) -> Batch:
+    """Return (tokens [T], learnt [T]) rows of unequal length as a batch of `length`, padded with token 0."""
+    shape = (len(rows), length)
+    tokens, learnt, real = np.zeros(shape, np.int32), np.zeros(shape, np.bool_), np.zeros(shape, np.bool_)
+    for i, (ids, mask) in enumerate(rows):
+        tokens[i, : len(ids)], learnt[i, : len(ids)], real[i, : len(ids)] = ids, mask, True
+    return Batch(tokens, learnt, real)
+
+
+def place(batch: Batch, mesh: Mesh) -> Batch:
+    """The batch on the mesh, its rows split over the axes that the rules give the batch."""
+    return jax.device_put(batch, batch_sharding(batch.tokens.shape[0], mesh))

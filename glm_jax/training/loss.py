@@ -1,0 +1,73 @@
+"""Next-token cross entropy, for the decoder and for its MTP layer.
+
+Written so that a vocabulary split over devices stays split: the label's logit is picked by a comparison, not by an
+index, and the sums become all-reduces. Each loss is a mean over the learnt tokens of the whole batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from glm_jax.model import Output
+from glm_jax.training.batch import Batch
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["loss", "next_token", "mtp", "accuracy", "mtp_accuracy", "tokens"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class LossMetrics:
+    """Scalars of one batch, float32.
+
+    Attributes:
+        loss: what is minimised, `next_token + mtp_weight * mtp`.
+        next_token: mean cross entropy of the decoder, in nats.
+        mtp: mean cross entropy of the MTP layer; 0 without one.
+        accuracy: share of the learnt tokens that the decoder's argmax has right.
+        mtp_accuracy: the same of the MTP layer, over the learnt tokens it can predict.
+        tokens: number of learnt tokens.
+    """
+
+    loss: jax.Array
+    next_token: jax.Array
+    mtp: jax.Array
+    accuracy: jax.Array
+    mtp_accuracy: jax.Array
+    tokens: jax.Array
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """-log softmax(logits)[label] in float32: logits [..., V], labels int [...] -> [...]."""
+    logits = logits.astype(jnp.float32)
+    is_label = jnp.arange(logits.shape[-1]) == labels[..., None]
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
+
+
+def language_model_loss(output: Output, batch: Batch, *, mtp_weight: float) -> LossMetrics:
+    """The loss of a forward pass: the decoder's plus `mtp_weight` times the MTP layer's (if that ran).
+
+    Row t of the logits is held against token t + 1, row t of the MTP logits against token t + 2 (DeepSeek-V3, arXiv
+    2412.19437, equations 24 and 25, with one depth).
+    """
+    next_token, accuracy, tokens = _mean_loss(output.logits, batch, shift=1)
+    if output.mtp_logits is None:
+        zero = jnp.zeros_like(next_token)
+        return LossMetrics(next_token, next_token, zero, accuracy, zero, tokens)
+    mtp, mtp_accuracy, _ = _mean_loss(output.mtp_logits, batch, shift=2)
+    return LossMetrics(next_token + mtp_weight * mtp, next_token, mtp, accuracy, mtp_accuracy, tokens)
+
+
+def _mean_loss(logits: jax.Array, batch: Batch, *, shift: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Mean loss, accuracy and number of the tokens that rows 0, 1, ... of the logits predict `shift` tokens ahead."""
+    labels, learnt = batch.tokens[:, shift:], batch.learnt[:, shift:].astype(jnp.float32)
+    logits = logits[:, : labels.shape[1]]
+    count = jnp.sum(learnt)
+    divisor = jnp.maximum(count, 1.0)
+    right = jnp.argmax(logits, axis=-1) == labels
+    return jnp.sum(cross_entropy(logits, labels) * learnt) / divisor, jnp.sum(right * learnt) / divisor, count

@@ -1,0 +1,140 @@
+"""Muon: the momentum of a matrix, orthogonalised (https://kellerjordan.github.io/posts/muon, arXiv 2502.16982).
+
+Which dimensions of a weight are the matrix follows from the logical axes it was declared with: heads and their width
+count as one dimension, experts and stacked layers as batch, and of what is left the last two are output and input. So
+gate and up, one leaf, are two matrices, and a per-head bias is none.
+
+The iteration runs on all leading dimensions at once, without merging them: a batch of experts that is split over
+devices stays split and each device orthogonalises its own. Where the matrix itself is split, the devices exchange
+parts for whole matrices first (all-to-all if a leading dimension divides, all-gather if none does).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from glm_jax.sharding import Weight, axes_of, layer_axis, spec_of
+
+COEFFICIENTS = (3.4445, -4.775, 2.0315)
+_HEADS = ("heads", "kv_heads")
+
+
+class MatrixAxes(NamedTuple):
+    """A weight as a batch of matrices: `batch` leading dimensions, then `outputs`, then `inputs` dimensions."""
+
+    batch: int
+    outputs: int
+    inputs: int
+
+
+class MuonState(NamedTuple):
+    """The momentum of each weight."""
+
+    momentum: optax.Updates
+
+
+def matrix_axes(weight: Weight) -> MatrixAxes | None:
+    """The matrix dimensions of a weight, from its declared axes; None if it is no matrix (a norm, a bias)."""
+    sizes: list[int] = []  # how many dimensions each logical dimension of the matrix takes
+    batch = int(layer_axis(weight))
+    for i, axis in enumerate(weight.axes):
+        if axis == "expert":
+            batch += 1
+        elif axis == "head_dim" and i and weight.axes[i - 1] in _HEADS:
+            sizes[-1] += 1
+        else:
+            sizes.append(1)
+    if len(sizes) < 2:
+        return None
+    return MatrixAxes(batch + sum(sizes[:-2]), sizes[-2], sizes[-1])
+
+
+def scale_by_muon(
+    axes: Mapping[str, MatrixAxes],
+    *,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    steps: int = 5,
+    update_rms: float = 0.2,
+) -> optax.GradientTransformation:
+    """Turn the gradients of matrices, a dict by weight name, into orthogonal updates of equal size.
+
+    Each matrix' update has singular values near `update_rms * sqrt(max(outputs, inputs))`, so that its root mean
+    square is near `update_rms`, as AdamW's, whatever its shape (arXiv 2502.16982, equation 4).
+
+    Args:
+        axes: of every weight that comes.
+        momentum: decay of the running mean of the gradients.
+        nesterov: look one step ahead along the momentum.
+        steps: of the Newton-Schulz iteration.
+        update_rms: of an entry of the update, before the learning rate.
+    """
+
+    def init(params: optax.Params) -> MuonState:
+        return MuonState(jax.tree.map(jnp.zeros_like, params))
+
+    def update(gradients: optax.Updates, state: MuonState, params: optax.Params | None = None):
+        del params
+        moved = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state.momentum, gradients)
+        ahead = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, moved, gradients) if nesterov else moved
+        # By path, not by item: optax.partition leaves a place without leaves for each weight that is another's.
+        updates = jax.tree_util.tree_map_with_path(
+            lambda path, value: _orthogonal_update(value, axes[path[-1].key], steps=steps, update_rms=update_rms), ahead
+        )
+        return updates, MuonState(moved)
+
+    return optax.GradientTransformation(init, update)
+
+
+def orthogonalize(x: jax.Array, *, steps: int = 5) -> jax.Array:
+    """The matrices x [..., M, N] with their singular values moved to about 1 (0.7 to 1.2), by Newton-Schulz.
+
+    Runs in the dtype of x, at full precision.
+    """
+    if x.shape[-2] > x.shape[-1]:
+        return orthogonalize(x.swapaxes(-1, -2), steps=steps).swapaxes(-1, -2)
+    a, b, c = COEFFICIENTS
+    x = x / (jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True)) + 1e-8)
+    for _ in range(steps):
+        gram = _matmul(x, x.swapaxes(-1, -2))
+        x = a * x + _matmul(b * gram + c * _matmul(gram, gram), x)
+    return x
+
+
+def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
+
+
+def _orthogonal_update(value: jax.Array, axes: MatrixAxes, *, steps: int, update_rms: float) -> jax.Array:
+    batch = value.shape[: axes.batch]
+    rows = math.prod(value.shape[axes.batch : axes.batch + axes.outputs])
+    columns = math.prod(value.shape[axes.batch + axes.outputs :])
+    whole = _with_whole_matrices(value, axes.batch).reshape(*batch, rows, columns)
+    update = orthogonalize(whole, steps=steps) * (update_rms * math.sqrt(max(rows, columns)))
+    return _laid_out_like(update.reshape(value.shape), value)
+
+
+def _with_whole_matrices(value: jax.Array, batch: int) -> jax.Array:
+    """The value laid out so that no matrix is split: the mesh axes that split it move to a batch dimension."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return value
+    sizes = jax.sharding.get_abstract_mesh().shape
+    layout = [axes_of(value, i) for i in range(value.ndim)]
+    for axis in (axis for entry in layout[batch:] for axis in entry):
+        for i in range(batch):
+            if value.shape[i] % math.prod(sizes[name] for name in (*layout[i], axis)) == 0:
+                layout[i] = (*layout[i], axis)
+                break
+    return jax.sharding.reshard(value, spec_of(*layout[:batch], *[None] * (value.ndim - batch)))
+
+
+def _laid_out_like(update: jax.Array, value: jax.Array) -> jax.Array:
+    if jax.sharding.get_abstract_mesh().empty:
+        return update
+    return jax.sharding.reshard(update, spec_of(*(axes_of(value, i) for i in range(value.ndim))))

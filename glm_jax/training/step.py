@@ -1,0 +1,97 @@
+"""One training step as one compiled function: forward, loss, gradient, optimizer, router biases.
+
+The state is donated: the new one takes its memory. Everything runs under the mesh that is set (`jax.set_mesh`); the
+state lies like the model, the batch like `batch.place` puts it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from glm_jax.layers.step import Kernels
+from glm_jax.model import Transformer
+from glm_jax.model.transformer import forward
+from glm_jax.sharding import map_weights, weights_by_name
+from glm_jax.training.balance import expert_loads, imbalance, move_biases
+from glm_jax.training.batch import Batch
+from glm_jax.training.loss import LossMetrics, language_model_loss
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["model", "optimizer", "step"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a run carries from step to step: the model, the optimizer's state, the number of steps done (int32)."""
+
+    model: Transformer
+    optimizer: Any
+    step: jax.Array
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["loss", "gradient_norm", "imbalance"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class StepMetrics:
+    """Scalars of one step: the loss and its parts, the norm before clipping, the busiest expert's load over the mean."""
+
+    loss: LossMetrics
+    gradient_norm: jax.Array
+    imbalance: jax.Array
+
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+
+
+def values_by_name(model: Any) -> dict[str, jax.Array]:
+    """The values of a model's weights (or of its gradient's) by name."""
+    return {name: weight.get_raw_value() for name, weight in weights_by_name(model).items()}
+
+
+def create_state(model: Transformer, optimizer: optax.GradientTransformation) -> TrainState:
+    """Return the state before the first step. The model's arrays go into it: the first step consumes them."""
+    with jax.set_mesh(model.mesh):
+        return TrainState(model, jax.jit(optimizer.init)(values_by_name(model)), jnp.int32(0))
+
+
+def build_step(
+    optimizer: optax.GradientTransformation,
+    *,
+    mtp_weight: float = 0.3,
+    bias_rate: optax.Schedule | float = 0.001,
+    kernels: Kernels | None = None,
+) -> TrainStep:
+    """Return the compiled step of a run, to be called under the mesh; it compiles once for each shape of batch.
+
+    Args:
+        optimizer: a transform of dicts by weight name (`optimizer.build_optimizer`).
+        mtp_weight: of the MTP layer's loss; 0 leaves the layer out.
+        bias_rate: of the routers' biases a step, a number or a schedule.
+        kernels: named implementations, by default the platform's.
+    """
+    kernels = kernels or Kernels()
+
+    def loss(model: Transformer, batch: Batch):
+        mtp = model.mtp is not None and mtp_weight > 0
+        output = forward(model, jnp.asarray(batch.tokens), mtp=mtp, kernels=kernels, routing=True)
+        metrics = language_model_loss(output, batch, mtp_weight=mtp_weight)
+        return metrics.loss, (metrics, expert_loads(output, batch, experts=model.config.moe.num_experts))
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        gradient, (metrics, loads) = jax.grad(loss, has_aux=True)(state.model, batch)
+        gradients, params = values_by_name(gradient), values_by_name(state.model)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, params)
+        params = optax.apply_updates(params, updates)
+        model = map_weights(lambda name, _: params[name], state.model)
+        rate = bias_rate(state.step) if callable(bias_rate) else bias_rate
+        model = move_biases(model, loads, rate)
+        measured = StepMetrics(metrics, optax.tree.norm(gradients), imbalance(loads))
+        return TrainState(model, optimizer_state, state.step + 1), measured
+
+    return jax.jit(step, donate_argnums=0)
