@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from glm_jax import configs
 from glm_jax.errors import CheckpointError, ConfigError, Error, InputError, ShardingError, TextError
+from glm_jax.version import VERSION
 
 if TYPE_CHECKING:
-    from glm_jax.serving import Chat
     from glm_jax.checkpoint import convert, export, load
     from glm_jax.inference import generate
     from glm_jax.model import Transformer, count_parameters
+    from glm_jax.serving import Chat
     from glm_jax.sharding import Rules, make_mesh
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _LAZY = {
     "Chat": "glm_jax.serving",

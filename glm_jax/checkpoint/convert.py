@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 
-import glm_jax
 from glm_jax.checkpoint.atomic import check_target, new_directory
 from glm_jax.checkpoint.names import LAYER_GROUPS
 from glm_jax.checkpoint.orbax_io import ArraySpec, OrbaxWriter
@@ -29,6 +28,7 @@ from glm_jax.checkpoint.source import HfSource, Index, common_dtype
 from glm_jax.errors import CheckpointError
 from glm_jax.model import Transformer
 from glm_jax.sharding import Weight, weights_by_name
+from glm_jax.version import VERSION
 
 MAX_CHUNK_BYTES = 256 * 2**20
 _ASSET_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
@@ -80,7 +80,7 @@ def convert(source: str | Path, target: str | Path, *, progress: Progress | None
     with new_directory(target, bytes_needed=total) as partial:
         with OrbaxWriter(partial, arrays) as writer:
             records = _copy(hf, writer, total, progress)
-        manifest = Manifest(hf.config, records, f"glm_jax {glm_jax.__version__}")
+        manifest = Manifest(hf.config, records, f"glm_jax {VERSION}")
         (partial / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1), encoding="utf-8")
         _copy_assets(Path(source), partial / ASSETS)
     nbytes = sum(hf.files.tensors[name].nbytes for name in records)
@@ -132,7 +132,7 @@ NUMPY_DTYPES_BY_NAME = {dtype.name: dtype for dtype in NUMPY_DTYPES.values()}
 
 def sha256_of(tensor: np.ndarray) -> str:
     """The sha256 of a tensor's bytes, in hexadecimal."""
-    return hashlib.sha256(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data).hexdigest()
 
 
 def _copy_assets(source: Path, target: Path) -> None:

@@ -73,7 +73,8 @@ def load(
 def _place(source: Source, name: str, target: jax.ShapeDtypeStruct) -> jax.Array:
     weight, layer = stacked_name(name)
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         full = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, target.shape, strict=True))
         if layer is None:
             return source.read(weight, full).astype(target.dtype)

@@ -137,7 +137,7 @@ def _all_slots(config: ModelConfig) -> Iterator[tuple[str, Slot, bool]]:
     table = _TABLES[config.model_type]
     shapes = {name: w.get_raw_value().shape for name, w in weights_by_name(Transformer(config)).items()}
 
-    def expand(rows, prefix: str, group: str, lead: tuple[int, ...]) -> Iterator[tuple[str, Slot]]:
+    def expand(rows: tuple[Row, ...], prefix: str, group: str, lead: tuple[int, ...]) -> Iterator[tuple[str, Slot]]:
         for row in rows:
             weight = group + row.weight
             if weight not in shapes:

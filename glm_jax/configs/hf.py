@@ -20,10 +20,30 @@ from glm_jax.errors import ConfigError
 # Keys that say nothing about shapes or arithmetic of inference: token ids stand in generation_config.json and the
 # tokenizer, the rest describes the file, the training run or transformers' own behaviour.
 _NO_ARCHITECTURE = frozenset(
-    "_name_or_path architectures attention_dropout auto_map bos_token_id dtype eos_token_id output_attentions "
-    "output_hidden_states output_router_logits pad_token_id return_dict torch_dtype transformers_version "
-    "use_cache router_aux_loss_coef experts_implementation chunk_size_feed_forward id2label is_encoder_decoder "
-    "label2id problem_type unsloth_fixed".split()
+    {
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "auto_map",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "eos_token_id",
+        "experts_implementation",
+        "id2label",
+        "is_encoder_decoder",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "router_aux_loss_coef",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
 )
 _SUPPORTED = ("glm4_moe",)
 _MISSING = object()
@@ -122,18 +142,23 @@ def _read_rope(reader: _Reader, head_dim: int) -> RopeConfig:
     reader.require("rope_parameters.rope_type", nested.get("rope_type", nested.get("type", "default")), "default")
 
     def either_layout(key: str) -> float:
-        beside, inside = reader.take(key, float, None), nested.get(key)
-        if inside is None and beside is None:
-            reader.note(f"{key} is missing (neither at the top nor in rope_parameters)")
+        found = {"at the top": reader.take(key, float, None), "in rope_parameters": nested.get(key)}
+        values = {where: value for where, value in found.items() if value is not None}
+        wrong = [
+            where for where, value in values.items() if isinstance(value, bool) or not isinstance(value, int | float)
+        ]
+        if wrong or not values:
+            reader.note(
+                f"{key} is {'not a number ' + wrong[0] if wrong else 'missing (at the top or in rope_parameters)'}"
+            )
             return 1.0
-        if inside is not None and (isinstance(inside, bool) or not isinstance(inside, int | float)):
-            reader.note(f"rope_parameters.{key} is {inside!r}, not a number")
-            return 1.0
-        if None not in (inside, beside) and float(inside) != beside:
-            reader.note(f"{key} is {beside} at the top but {inside} in rope_parameters")
-        return float(beside if inside is None else inside)
+        if len(set(values.values())) > 1:
+            reader.note(f"{key} is " + " but ".join(f"{value} {where}" for where, value in values.items()))
+        return float(next(iter(values.values())))
 
-    return RopeConfig(theta=either_layout("rope_theta"), rotary_dim=int(head_dim * either_layout("partial_rotary_factor")))
+    return RopeConfig(
+        theta=either_layout("rope_theta"), rotary_dim=int(head_dim * either_layout("partial_rotary_factor"))
+    )
 
 
 def _read_head_dim(reader: _Reader, embed_dim: int, num_heads: int) -> int:

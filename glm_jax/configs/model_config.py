@@ -7,6 +7,7 @@ the run. Names are this project's; `hf.py` translates to and from Hugging Face's
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 from glm_jax.errors import ConfigError
 
@@ -90,7 +91,7 @@ class ModelConfig:
         return self.num_layers - self.num_dense_layers
 
 
-def _problems(config: ModelConfig):
+def _problems(config: ModelConfig) -> Iterator[str]:
     attention, moe = config.attention, config.moe
     positive = {
         "vocab_size": config.vocab_size,
@@ -131,6 +132,6 @@ def _problems(config: ModelConfig):
     if moe.num_groups_per_token > moe.num_groups:
         yield f"num_groups_per_token {moe.num_groups_per_token} exceeds num_groups {moe.num_groups}"
     elif moe.num_experts_per_token > moe.num_experts // moe.num_groups * moe.num_groups_per_token:
-        yield f"num_experts_per_token {moe.num_experts_per_token} exceeds what num_groups_per_token leaves to choose from"
+        yield f"num_experts_per_token {moe.num_experts_per_token} exceeds the experts of num_groups_per_token groups"
     if moe.num_shared_experts < 0:
         yield f"num_shared_experts {moe.num_shared_experts} is negative"

@@ -54,9 +54,7 @@ class Sampling:
         return self.temperature == 0
 
 
-def check_prompts(
-    prompts: Iterable[Sequence[int]], config: ModelConfig, max_new_tokens: int
-) -> list[list[int]]:
+def check_prompts(prompts: Iterable[Sequence[int]], config: ModelConfig, max_new_tokens: int) -> list[list[int]]:
     """Return the prompts as lists of ints.
 
     Raises:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from glm_jax.inference.config import Sampling, check_prompts
-from glm_jax.inference.sampling import Sampler
 from glm_jax.inference.runner import Runner
+from glm_jax.inference.sampling import Sampler
 from glm_jax.layers.step import Kernels
 from glm_jax.model import Transformer
 

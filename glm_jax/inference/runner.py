@@ -90,7 +90,7 @@ def _programs(structure: Any, kernels: Kernels) -> _Programs:
         last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
         return DecodeState(cache, sampler(model.logits(last)[:, 0], lengths), lengths)
 
-    def decode_one(leaves, cache, tokens, positions, sampler):
+    def decode_one(leaves: Any, cache: Any, tokens: Any, positions: Any, sampler: Any) -> Any:
         model = jax.tree.unflatten(structure, leaves)
         step = model.step(positions[:, None], fresh=False, kernels=kernels)
         hidden, cache = model.hidden_states(tokens[:, None], step=step, cache=cache)
@@ -99,7 +99,7 @@ def _programs(structure: Any, kernels: Kernels) -> _Programs:
     def decode(leaves, cache, tokens, positions, sampler, steps):
         def body(state, _):
             # The weights are closed over, not carried, and the cache is donated: it is written in place.
-            state = decode_one(leaves, *state, sampler)
+            state = decode_one(leaves, *state, sampler=sampler)
             return state, state[1]
 
         return jax.lax.scan(body, (cache, tokens, positions), length=steps)

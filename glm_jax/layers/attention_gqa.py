@@ -37,7 +37,11 @@ class GqaAttention(nnx.Module):
             return RmsNorm(config.head_dim, eps=norm_eps, axis="head_dim") if config.qk_norm else None
 
         self.q, self.q_bias, self.q_norm = heads("heads", config.num_heads), bias("heads", config.num_heads), norm()
-        self.k, self.k_bias, self.k_norm = heads("kv_heads", config.num_kv_heads), bias("kv_heads", config.num_kv_heads), norm()
+        self.k, self.k_bias, self.k_norm = (
+            heads("kv_heads", config.num_kv_heads),
+            bias("kv_heads", config.num_kv_heads),
+            norm(),
+        )
         self.v, self.v_bias = heads("kv_heads", config.num_kv_heads), bias("kv_heads", config.num_kv_heads)
         self.o = declare(
             (embed_dim, config.num_heads, config.head_dim), ("embed", "heads", "head_dim"), initializer=normal

@@ -17,9 +17,9 @@ from glm_jax.sharding import axes_of, spec_of
 def run_experts(
     x: jax.Array, ids: jax.Array, weights: jax.Array, *, gate_up: jax.Array, down: jax.Array, experts: Experts
 ) -> jax.Array:
-    """Routed experts on x [B, T, D] with ids and weights [B, T, K]; gate_up [E, 2, F, D], down [E, D, F] -> [B, T, D]."""
+    """Routed experts on x [B, T, D], with ids and weights [B, T, K], gate_up [E, 2, F, D] and down [E, D, F]."""
     if jax.sharding.get_abstract_mesh().empty:
-        return _flat(experts, x, ids, weights, gate_up, down)
+        return _on_rows(experts, (x, ids, weights), gate_up, down)
     expert_axes, width_axes = axes_of(gate_up, 0), axes_of(gate_up, 2)
     shared = tuple(axis for axis in axes_of(x, 0) if axis in expert_axes)
     reduced = tuple(axis for axis in (*expert_axes, *width_axes) if axis not in shared)
@@ -29,7 +29,7 @@ def run_experts(
             x, ids, weights = (lax.all_gather(a, axis, axis=0, tiled=True) for a in (x, ids, weights))
         if expert_axes:
             ids = ids - lax.axis_index(expert_axes) * gate_up.shape[0]
-        partial = _flat(experts, x, ids, weights, gate_up, down)
+        partial = _on_rows(experts, (x, ids, weights), gate_up, down)
         if reduced:
             partial = lax.psum(partial, reduced)
         for axis in shared:
@@ -40,10 +40,10 @@ def run_experts(
     return jax.shard_map(region, out_specs=out)(x, ids, weights, gate_up, down)
 
 
-def _flat(
-    experts: Experts, x: jax.Array, ids: jax.Array, weights: jax.Array, gate_up: jax.Array, down: jax.Array
+def _on_rows(
+    experts: Experts, routed: tuple[jax.Array, jax.Array, jax.Array], gate_up: jax.Array, down: jax.Array
 ) -> jax.Array:
-    batch, length, embed = x.shape
-    tokens = batch * length
-    y = experts(x.reshape(tokens, embed), ids.reshape(tokens, -1), weights.reshape(tokens, -1), gate_up, down)
-    return y.reshape(batch, length, embed)
+    """Run an implementation on x, ids and weights [B, T, ...] as rows of tokens."""
+    batch, length, embed = routed[0].shape
+    rows = (a.reshape(batch * length, a.shape[-1]) for a in routed)
+    return experts(*rows, gate_up_E2FD=gate_up, down_EDF=down).reshape(batch, length, embed)

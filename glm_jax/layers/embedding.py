@@ -35,6 +35,4 @@ class Head(nnx.Module):
 
 def logits(x: jax.Array, weight: jax.Array) -> jax.Array:
     """Hidden states [B, T, D] and a head or embedding [V, D] -> float32 logits [B, T, V]."""
-    return jnp.einsum(
-        "btd,vd->btv", x, weight, precision=precision_of(x.dtype), preferred_element_type=jnp.float32
-    )
+    return jnp.einsum("btd,vd->btv", x, weight, precision=precision_of(x.dtype), preferred_element_type=jnp.float32)

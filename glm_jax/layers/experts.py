@@ -1,6 +1,6 @@
 """The routed experts of one device as named implementations of one interface.
 
-    implementation(x_TD, ids_TK, weights_TK, gate_up_E2FD, down_EDF) -> y_TD
+    implementation(x_TD, ids_TK, weights_TK, *, gate_up_E2FD, down_EDF) -> y_TD
 
 y[t] = sum over k of weights[t, k] * expert[ids[t, k]](x[t]). The E experts are those of this device; an id outside
 0..E-1 means an expert elsewhere and adds nothing. No implementation drops a token.
@@ -23,12 +23,12 @@ from glm_jax.layers.experts_switch import switch_experts
 from glm_jax.layers.linear import precision_of
 from glm_jax.layers.mlp import swiglu
 
-Experts = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+Experts = Callable[..., jax.Array]
 MAX_BLOCK_ROWS = 128
 
 
 def dense_experts(
-    x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, gate_up_E2FD: jax.Array, down_EDF: jax.Array
+    x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, *, gate_up_E2FD: jax.Array, down_EDF: jax.Array
 ) -> jax.Array:
     """All local experts on all tokens; those not chosen get weight 0."""
     precision = precision_of(x_TD.dtype)
@@ -37,13 +37,13 @@ def dense_experts(
     gate_up = jnp.einsum("td,ecfd->etcf", x_TD, gate_up_E2FD, precision=precision)
     hidden = swiglu(gate_up[:, :, 0], gate_up[:, :, 1])
     outputs = jnp.einsum("etf,edf->etd", hidden, down_EDF, precision=precision)
-    return jnp.einsum(
-        "etd,te->td", outputs.astype(jnp.float32), weights_TE, precision=lax.Precision.HIGHEST
-    ).astype(x_TD.dtype)
+    return jnp.einsum("etd,te->td", outputs.astype(jnp.float32), weights_TE, precision=lax.Precision.HIGHEST).astype(
+        x_TD.dtype
+    )
 
 
 def ragged_experts(
-    x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, gate_up_E2FD: jax.Array, down_EDF: jax.Array
+    x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, *, gate_up_E2FD: jax.Array, down_EDF: jax.Array
 ) -> jax.Array:
     """Rows sorted by expert, one grouped product over runs of unequal length."""
     experts, _, width, embed = gate_up_E2FD.shape
@@ -59,7 +59,7 @@ def ragged_experts(
 
 
 def block_experts(
-    x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, gate_up_E2FD: jax.Array, down_EDF: jax.Array
+    x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, *, gate_up_E2FD: jax.Array, down_EDF: jax.Array
 ) -> jax.Array:
     """Rows sorted by expert and padded to whole blocks; each block multiplies with its expert's weights.
 

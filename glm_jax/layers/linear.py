@@ -5,6 +5,8 @@ A float32 run is float32: TPUs would round the operands of a default-precision d
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -12,7 +14,7 @@ from jax import lax
 from glm_jax.sharding import einsum_reduce
 
 
-def precision_of(dtype) -> lax.Precision:
+def precision_of(dtype: Any) -> lax.Precision:
     """The precision of a dot over operands of `dtype`: full for float32, the hardware's own for anything smaller."""
     return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
 

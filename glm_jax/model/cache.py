@@ -1,4 +1,4 @@
-"""The cache of a whole model, in the form of its groups: stacked groups have one stacked cache, unrolled ones a tuple."""
+"""The cache of a whole model, in the form of its groups: one stacked cache, or a tuple where they are unrolled."""
 
 from __future__ import annotations
 

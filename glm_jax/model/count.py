@@ -42,10 +42,10 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     vocabulary = {name for name in sizes if name.split(".")[-2] in ("embedding", "head")}
     mtp = {name for name in sizes if name.startswith("mtp.")}
 
-    def total(names) -> int:
+    def total(names: set[str]) -> int:
         return sum(sizes[name] for name in names)
 
-    def active(names) -> int:
+    def active(names: set[str]) -> int:
         return sum(sizes[name] - idle.get(name, 0) for name in names if not name.endswith(".router.bias"))
 
     everything = set(sizes)

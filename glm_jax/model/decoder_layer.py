@@ -66,9 +66,7 @@ class MtpLayer(nnx.Module):
         size = config.embed_dim
         self.embed_norm = RmsNorm(size, eps=config.norm_eps)
         self.hidden_norm = RmsNorm(size, eps=config.norm_eps)
-        self.projection = declare(
-            (size, 2 * size), ("embed", None), initializer=Normal(config.initializer_range)
-        )
+        self.projection = declare((size, 2 * size), ("embed", None), initializer=Normal(config.initializer_range))
         self.layer = DecoderLayer(config, experts=True)
         self.norm = RmsNorm(size, eps=config.norm_eps)
         self.embedding = Embedding(config) if "embedding" in config.mtp_copies else None

@@ -177,9 +177,7 @@ class Transformer(nnx.Module):
         return Step(positions, rotation(positions, self.config.attention.rope), fresh=fresh, kernels=kernels)
 
 
-def forward(
-    model: Transformer, tokens: jax.Array, *, mtp: bool, kernels: Kernels, routing: bool = False
-) -> Output:
+def forward(model: Transformer, tokens: jax.Array, *, mtp: bool, kernels: Kernels, routing: bool = False) -> Output:
     """The forward pass over whole sequences, as a pure function to trace; `routing` also returns the experts chosen."""
     positions = jnp.zeros_like(tokens) + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     step = model.step(positions, fresh=True, kernels=kernels)
@@ -235,7 +233,9 @@ def check_tokens(tokens: Any, config: ModelConfig) -> np.ndarray:
     """
     array = np.asarray(tokens)
     if array.ndim != 2 or 0 in array.shape or not np.issubdtype(array.dtype, np.integer):
-        raise InputError(f"tokens must be integers [batch, length], at least one of each; got {array.dtype} {array.shape}")
+        raise InputError(
+            f"tokens must be integers [batch, length], at least one of each; got {array.dtype} {array.shape}"
+        )
     if array.shape[1] > config.max_positions:
         raise InputError(f"{array.shape[1]} tokens exceed the model's {config.max_positions} positions")
     low, high = int(array.min()), int(array.max())

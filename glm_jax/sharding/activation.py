@@ -6,6 +6,8 @@ happens say so by calling a function of this file, and everything else is inferr
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
@@ -19,7 +21,7 @@ def axes_of(x: jax.Array, dimension: int) -> MeshAxes:
     return as_axes(spec[dimension]) if dimension < len(spec) else ()
 
 
-def einsum_reduce(equation: str, x: jax.Array, weight: jax.Array, **options) -> jax.Array:
+def einsum_reduce(equation: str, x: jax.Array, weight: jax.Array, **options: Any) -> jax.Array:
     """An einsum over dimensions that may be split: the partial results are summed over the devices (all-reduce).
 
     The result keeps the layout of every dimension that stays. This is the row-parallel projection of tensor
@@ -28,7 +30,7 @@ def einsum_reduce(equation: str, x: jax.Array, weight: jax.Array, **options) -> 
     if jax.sharding.get_abstract_mesh().empty:
         return jnp.einsum(equation, x, weight, **options)
     inputs, result = equation.split("->")
-    layout = {}
+    layout: dict[str, MeshAxes | None] = {}
     for labels, operand in zip(inputs.split(","), (x, weight), strict=True):
         for dimension, label in enumerate(labels):
             layout[label] = layout.get(label) or axes_of(operand, dimension) or None

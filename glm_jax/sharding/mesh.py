@@ -22,9 +22,7 @@ TENSOR = "tensor"
 AXIS_NAMES = (DATA, EXPERT, TENSOR)
 
 
-def make_mesh(
-    *, data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(*, data: int = 1, expert: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Return a mesh of data x expert x tensor devices, the first ones of `devices` (default: all that jax sees).
 
     Raises:

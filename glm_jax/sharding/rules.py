@@ -66,7 +66,9 @@ def weight_spec(name: str, weight: Weight, *, mesh: Mesh, rules: Rules) -> Parti
             )
         taken = [axis for entry in entries if entry for axis in entry if axis in axes]
         if taken:
-            raise ShardingError(f"{name}: mesh axis {taken[0]} would split two of its axes {weight.axes}; change the rules")
+            raise ShardingError(
+                f"{name}: mesh axis {taken[0]} would split two of its axes {weight.axes}; change the rules"
+            )
         entries.append(axes or None)
     if layer_axis(weight):
         entries.insert(0, None)

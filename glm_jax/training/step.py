@@ -34,9 +34,7 @@ class TrainState:
     step: jax.Array
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["loss", "gradient_norm", "imbalance"], meta_fields=[]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["loss", "gradient_norm", "imbalance"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
     """Scalars of one step: the loss and its parts, the norm before clipping, the busiest expert's load over the mean."""

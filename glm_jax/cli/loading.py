@@ -1,0 +1,60 @@
+"""From the flags of the command line to devices, a mesh and a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags as absl_flags
+from jax.sharding import Mesh
+
+from glm_jax import checkpoint, configs
+from glm_jax.configs import ModelConfig
+from glm_jax.errors import CheckpointError, Error
+from glm_jax.model import Transformer
+from glm_jax.sharding import default_mesh, parse_mesh
+
+
+def find_devices() -> list[jax.Device]:
+    """The devices that jax sees.
+
+    Raises:
+        Error: the platform asked for does not start; in jax's words.
+    """
+    try:
+        return jax.devices()
+    except RuntimeError as error:
+        raise Error(f"jax finds no devices: {str(error).splitlines()[0]}") from error
+
+
+def chosen_mesh(flags: absl_flags.FlagValues, config: ModelConfig) -> Mesh:
+    """The mesh that --mesh describes, or the default one."""
+    devices = find_devices()
+    return default_mesh(config, devices) if flags.mesh is None else parse_mesh(flags.mesh, devices)
+
+
+def chosen_dtype(flags: absl_flags.FlagValues) -> Any:
+    """The dtype of --dtype, or None for the platform's."""
+    return None if flags.dtype is None else jnp.dtype(flags.dtype)
+
+
+def load_model(flags: absl_flags.FlagValues, config: ModelConfig) -> Transformer:
+    """The model of --model, whose config is known, on the mesh of --mesh."""
+    return checkpoint.load(flags.model, mesh=chosen_mesh(flags, config), dtype=chosen_dtype(flags))
+
+
+def named_config(name: str) -> ModelConfig | None:
+    """The preset of that name, or None for a directory.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    if name in configs.names():
+        return configs.get(name)
+    path = Path(name)
+    if path.is_dir():
+        return None
+    what = "a file, not a directory" if path.exists() else "neither a directory nor a known model"
+    raise CheckpointError(f"{name} is {what}; known models: {', '.join(configs.names())}")

@@ -1,0 +1,126 @@
+"""`glm-jax VERB --flag=value ...`: finds the verb, parses its flags, prints what went wrong as one line.
+
+A verb is a module with a docstring (its help), `define_flags(flags)` and `run(flags)`. Its flags live in a `FlagValues`
+of their own, so that verbs do not clash. `run` imports what it needs, prints for people unless `--json` is given, and
+returns a JSON object, which is printed here if it is. Then stdout holds this object alone: whatever else is printed
+meanwhile goes to stderr.
+
+Exit status: 0; 1 if the object says `"ok": false`; 2 for what the user can mend; 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+
+from absl import flags as absl_flags
+
+import glm_jax
+
+# Verb -> its module, and what it does. `inspect` would hide the standard library's module from a script beside it.
+VERBS = {
+    "convert": ("convert", "turn a Hugging Face checkpoint into an Orbax checkpoint"),
+    "export": ("export", "turn an Orbax checkpoint back into a Hugging Face checkpoint"),
+    "inspect": ("inspect_model", "show the architecture and size of a preset or a checkpoint"),
+    "plan": ("plan", "show which meshes a model fits on"),
+    "generate": ("generate", "continue a prompt"),
+    "chat": ("chat", "talk to a model"),
+    "doctor": ("doctor", "check this machine, and a checkpoint"),
+}
+USER_ERROR = 2
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+WIDTH = 100
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program on `argv` (by default the process's) and return its exit status."""
+    try:
+        status = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read stdout is gone; python must not try to flush the rest at exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except (glm_jax.Error, absl_flags.Error, OSError) as error:
+        print(f"glm-jax: error: {_one_line(error)}", file=sys.stderr)
+        return USER_ERROR
+
+
+def _dispatch(arguments: list[str]) -> int:
+    name = arguments[0] if arguments else "--help"
+    if name == "--version":
+        print(f"glm-jax {glm_jax.__version__}")
+        return 0
+    if name in ("--help", "-h", "help"):
+        print(_program_help())
+        return 0
+    if name not in VERBS:
+        raise glm_jax.InputError(f"there is no verb {name!r}; the verbs are {', '.join(VERBS)}")
+    verb = importlib.import_module(f"glm_jax.cli.{VERBS[name][0]}")
+    flags = absl_flags.FlagValues()
+    verb.define_flags(flags)
+    if {"--help", "-h"}.intersection(arguments):
+        print(_verb_help(name, verb, flags))
+        return 0
+    _parse(name, arguments, flags)
+    with _stdout_kept_for_json(flags.json):
+        result = verb.run(flags)
+    if flags.json:
+        print(json.dumps(result, ensure_ascii=False, allow_nan=False))
+    return 1 if result.get("ok") is False else 0
+
+
+def _parse(name: str, arguments: list[str], flags: absl_flags.FlagValues) -> None:
+    flags.set_gnu_getopt(True)
+    try:
+        rest = flags(arguments)[1:]
+    except (absl_flags.Error, ValueError) as error:
+        raise glm_jax.InputError(f"{_one_line(error)}; see glm-jax {name} --help") from error
+    if rest:
+        raise glm_jax.InputError(f"{rest[0]!r} is no flag; they are written --flag=value, see glm-jax {name} --help")
+
+
+@contextlib.contextmanager
+def _stdout_kept_for_json(wanted: bool) -> Iterator[None]:
+    with contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext():
+        yield
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _program_help() -> str:
+    verbs = "\n".join(f"  {name:<10}{summary}" for name, (_, summary) in VERBS.items())
+    return (
+        f"glm-jax {glm_jax.__version__}: GLM-4.5 in JAX.\n\nglm-jax VERB --flag=value ...\n\n{verbs}\n\n"
+        "glm-jax VERB --help lists the flags of a verb."
+    )
+
+
+def _verb_help(name: str, verb: ModuleType, flags: absl_flags.FlagValues) -> str:
+    lines = [f"glm-jax {name} --flag=value ...", "", (verb.__doc__ or "").strip(), ""]
+    for flag_name in flags:
+        flag = flags[flag_name]
+        text = f"--[no]{flag_name}  " if flag.boolean else f"--{flag_name}  "
+        text += flag.help if flag.default in (None, False) else f"{flag.help} (default: {flag.value})"
+        lines += textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent=" " * 8)
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

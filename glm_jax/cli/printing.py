@@ -1,0 +1,66 @@
+"""Output for people: aligned columns on stdout, notices and the progress of long work on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+def notice(text: str) -> None:
+    """Print a line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def format_bytes(count: float) -> str:
+    """`count` bytes in decimal units: 213_000_000_000 is "213.0 GB"."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 999.95:
+            break
+        count /= 1000
+    else:
+        unit = "TB"
+    return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
+
+
+def columns(rows: Sequence[Sequence[str]], *, indent: str = "") -> str:
+    """Rows as lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(indent + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields a function of (bytes done, bytes in all): a bar on a terminal, elsewhere a line every ten seconds."""
+    if not sys.stderr.isatty():
+        yield _Lines(what)
+        return
+    from rich import console
+    from rich import progress as rich_progress
+
+    shown = rich_progress.Progress(
+        *rich_progress.Progress.get_default_columns(),
+        rich_progress.DownloadColumn(),
+        rich_progress.TransferSpeedColumn(),
+        console=console.Console(stderr=True),
+    )
+    with shown:
+        task = shown.add_task(what, total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total)
+
+
+class _Lines:
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._started = self._last = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._last < SECONDS_BETWEEN_LINES:
+            return
+        self._last = now
+        rate = format_bytes(done / (now - self._started))
+        notice(f"{self._what}: {format_bytes(done)} of {format_bytes(total)} ({done / total:.0%}), {rate}/s")

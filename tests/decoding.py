@@ -1,0 +1,59 @@
+"""Prefill and decode with given tokens, written against the model alone: what generation must be equal to."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glm_jax.layers.step import Kernels
+from glm_jax.model import create_cache
+from glm_jax.sharding import batch_sharding
+
+
+@functools.partial(jax.jit, static_argnames=("fresh", "kernels"), donate_argnames="cache")
+def run(model: Any, tokens: jax.Array, positions: jax.Array, cache: Any, *, fresh: bool, kernels: Kernels) -> Any:
+    """Logits [B, T, V] of tokens [B, T] at their positions, and the cache with their rows."""
+    step = model.step(positions, fresh=fresh, kernels=kernels)
+    hidden, cache = model.hidden_states(tokens, step=step, cache=cache)
+    return model.logits(hidden), cache
+
+
+def teacher_forced(model: Any, tokens: np.ndarray, lengths: np.ndarray, *, kernels: Kernels | None = None) -> np.ndarray:
+    """Logits of every position of tokens [B, T]: `lengths` of each row by prefill, the others one by one.
+
+    Rows decode at different positions at the same time; what lies beyond a row's end is not part of the result (NaN).
+    """
+    kernels = kernels or Kernels()
+    batch, total = tokens.shape
+    result = np.full((batch, total, model.config.vocab_size), np.nan, np.float32)
+    place = functools.partial(jax.device_put, device=batch_sharding(batch, model.mesh))
+    with jax.set_mesh(model.mesh):
+        cache = create_cache(model, batch, total)
+        longest = int(lengths.max())
+        prompt = np.where(np.arange(longest) < lengths[:, None], tokens[:, :longest], 0)
+        positions = np.broadcast_to(np.arange(longest), prompt.shape)
+        logits, cache = run(
+            model, place(prompt), place(positions.astype(np.int32)), cache, fresh=True, kernels=kernels
+        )
+        logits = np.asarray(logits)
+        for row, length in enumerate(lengths):
+            result[row, :length] = logits[row, :length]
+        for offset in range(total - int(lengths.min())):
+            at = np.minimum(lengths + offset, total - 1).astype(np.int32)
+            new = np.take_along_axis(tokens, at[:, None], axis=1)
+            logits, cache = run(model, place(new), place(at[:, None]), cache, fresh=False, kernels=kernels)
+            result[np.arange(batch), at] = np.asarray(logits)[:, 0]
+    return result
+
+
+def greedy(model: Any, prompt: list[int], steps: int) -> list[int]:
+    """The likeliest continuation by whole forward passes, without any cache: slow and simple."""
+    tokens = np.zeros((1, len(prompt) + steps), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    for at in range(len(prompt), len(prompt) + steps):
+        tokens[0, at] = int(jnp.argmax(model(tokens).logits[0, at - 1]))
+    return tokens[0, len(prompt) :].tolist()
