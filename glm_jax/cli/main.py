@@ -41,8 +41,12 @@ WIDTH = 100
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program on `argv` (by default the process's) and return its exit status."""
+    if argv is None:
+        argv = sys.argv[1:]
+        for stream in (sys.stdin, sys.stdout):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
     try:
-        status = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        status = _dispatch(list(argv))
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
@@ -78,7 +82,7 @@ def _dispatch(arguments: list[str]) -> int:
     with _stdout_kept_for_json(flags.json):
         result = verb.run(flags)
     if flags.json:
-        print(json.dumps(result, ensure_ascii=False, allow_nan=False))
+        print(json.dumps(result, allow_nan=False))
     return 1 if result.get("ok") is False else 0
 
 

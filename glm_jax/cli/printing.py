@@ -17,13 +17,9 @@ def notice(text: str) -> None:
 
 def format_bytes(count: float) -> str:
     """`count` bytes in decimal units: 213_000_000_000 is "213.0 GB"."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 999.95:
-            break
-        count /= 1000
-    else:
-        unit = "TB"
-    return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
+    from glm_jax.checkpoint import atomic  # brings jax along, which the verbs have by then
+
+    return atomic.format_bytes(round(count))
 
 
 def columns(rows: Sequence[Sequence[str]], *, indent: str = "") -> str:

@@ -20,7 +20,7 @@ def define_loading(flags: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_string("model", None, "directory of an Orbax or a Hugging Face checkpoint", flag_values=flags)
     text = "devices along each axis, as data=1,expert=4,tensor=2; by default over all devices that divide the model"
     absl_flags.DEFINE_string("mesh", None, text, flag_values=flags)
-    text = f"of the weights: {', '.join(DTYPES)}; by default float32 on CPU and bfloat16 elsewhere"
+    text = "of the weights; by default float32 on CPU and bfloat16 elsewhere"
     absl_flags.DEFINE_enum("dtype", None, DTYPES, text, flag_values=flags)
 
 

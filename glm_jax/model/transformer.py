@@ -102,13 +102,9 @@ class Transformer(nnx.Module):
         abstract = runtime_model(config, mesh, dtype=dtype)
         placed = with_shardings(abstract, mesh, rules)
 
-        def draw(name, weight):
-            sharding = weight.get_raw_value().sharding
-            return jax.jit(functools.partial(initial_value, name, weight), out_shardings=sharding)(key)
-
         with jax.set_mesh(mesh):
             key = jax.random.key(seed)
-            model = map_weights(draw, placed)
+            model = map_weights(lambda name, weight: initial_value(name, weight, key), placed)
         return in_form(model, stacked=platform_stacks(mesh) if stacked is None else stacked)
 
     @property

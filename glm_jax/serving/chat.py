@@ -196,7 +196,11 @@ class Chat:
         # With thinking off the prompt ends after </think>, so that the answer begins at once. Other templates open the
         # thoughts themselves. Only the prompt's end counts: a user may write these tags too.
         parser = StreamParser(text.rstrip().endswith("<think>"), bool(tools), tools=tools)
-        return self._events(Generation(self.model, prompt, sampling), parser)
+        return self._events(self._generate(prompt, sampling), parser)
+
+    def _generate(self, prompt: list[int], sampling: Sampling) -> Generation:
+        """The one place where the model is asked."""
+        return Generation(self.model, prompt, sampling)
 
     def _events(self, generation: Generation, parser: StreamParser) -> Iterator[ChatEvent]:
         decoder = StreamDecoder(self.tokenizer, skip_special=True)

@@ -11,6 +11,9 @@ knows about: `layer_axis` tells.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
+import math
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
@@ -110,6 +114,24 @@ def with_dtype(model: Any, dtype: Any) -> Any:
 
 
 def initial_value(name: str, weight: Weight, key: jax.Array) -> jax.Array:
-    """Draw the weight's first value; each name has a random stream of its own."""
+    """Draw the first value of a weight whose type has its sharding; each name has a random stream of its own."""
     value = weight.get_raw_value()
-    return weight.initializer(jax.random.fold_in(key, zlib.crc32(name.encode())), value.shape, value.dtype)
+    draw = _compiled_draw(weight.initializer, value.shape, value.dtype, value.sharding)
+    return draw(jax.random.fold_in(key, zlib.crc32(name.encode())))
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled_draw(initializer: Initializer, shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
+    """The compiled initializer: many weights share a shape, and a random draw takes long to compile.
+
+    A draw depends on the linear index of each value only, so it is made in as few dimensions as the layout allows:
+    over five of them XLA takes seconds to compile it.
+    """
+    merged: list[int] = []
+    for size, axes in itertools.zip_longest(shape, sharding.spec[: len(shape)]):
+        devices = math.prod(sharding.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+        if merged and devices == 1:
+            merged[-1] *= size
+        else:
+            merged.append(size)
+    return jax.jit(lambda key: initializer(key, tuple(merged), dtype).reshape(shape), out_shardings=sharding)

@@ -101,10 +101,12 @@ def orthogonalize(x: jax.Array, *, steps: int = 5) -> jax.Array:
         return orthogonalize(x.swapaxes(-1, -2), steps=steps).swapaxes(-1, -2)
     a, b, c = COEFFICIENTS
     x = x / (jnp.sqrt(jnp.sum(jnp.square(x), axis=(-2, -1), keepdims=True)) + 1e-8)
-    for _ in range(steps):
+
+    def iterate(_, x):
         gram = _matmul(x, x.swapaxes(-1, -2))
-        x = a * x + _matmul(b * gram + c * _matmul(gram, gram), x)
-    return x
+        return a * x + _matmul(b * gram + c * _matmul(gram, gram), x)
+
+    return jax.lax.fori_loop(0, steps, iterate, x)  # a loop, because unrolled it is most of the step's compile time
 
 
 def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:

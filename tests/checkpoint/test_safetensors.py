@@ -60,7 +60,7 @@ def entry(shape: list[Any], begin: Any, end: Any, dtype: Any = "U8") -> dict[str
 def every_dtype() -> dict[str, np.ndarray]:
     arrays = {f"t.{name}": values(name, (3, 5), seed) for seed, name in enumerate(NUMPY_DTYPES)}
     arrays |= {
-        "scalar": np.float32(3).reshape(()),
+        "scalar": np.asarray(3, np.float32),
         "empty": np.empty((0, 4), np.float16),
         'odd "ü/\n': values("I8", (3,)),
     }

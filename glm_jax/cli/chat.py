@@ -1,0 +1,152 @@
+"""Talk to a model: line by line, or once with --message.
+
+Thoughts are shown dim on a terminal. At the prompt, /think on and /think off switch thinking, /clear begins anew,
+/quit ends; Ctrl-C stops an answer. Without a terminal each line of the input is one turn.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from absl import flags as absl_flags
+
+from glm_jax.cli import printing
+from glm_jax.cli.shared_flags import define_json, define_loading, define_sampling, need
+from glm_jax.errors import Error, InputError
+
+if TYPE_CHECKING:
+    from glm_jax.serving import Chat, ChatEvent, Reply
+
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+HELP = "commands: /think on, /think off, /clear, /quit"
+
+
+def define_flags(flags: absl_flags.FlagValues) -> None:
+    """The verb's flags."""
+    define_loading(flags)
+    absl_flags.DEFINE_string("message", None, "answer this one message and end", flag_values=flags)
+    absl_flags.DEFINE_string("system", None, "the system message", flag_values=flags)
+    absl_flags.DEFINE_boolean("thinking", True, "think before the answer", flag_values=flags)
+    text = "at most this many new tokens an answer; by default 4096, or what the positions leave"
+    absl_flags.DEFINE_integer("max_new_tokens", None, text, flag_values=flags)
+    define_sampling(flags)
+    define_json(flags)
+
+
+def run(flags: absl_flags.FlagValues) -> dict[str, Any]:
+    """Answer --message, or hold a conversation."""
+    need(flags, "model")
+    if flags.json and flags.message is None:
+        raise InputError("--json needs --message: it prints one answer")
+    from glm_jax.checkpoint import open_source
+    from glm_jax.cli.loading import chosen_dtype, chosen_mesh
+    from glm_jax.inference import Sampling
+    from glm_jax.serving import Chat
+
+    settings = {name: getattr(flags, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
+    given = {name: value for name, value in settings.items() if value is not None}
+    Sampling(**{"max_new_tokens": 1, **given})  # refuses what is out of range before the weights are loaded
+    mesh = chosen_mesh(flags, open_source(flags.model).config)
+    conversation = Conversation(
+        Chat(flags.model, mesh=mesh, dtype=chosen_dtype(flags)), flags.system, thinking=flags.thinking, settings=given
+    )
+    if flags.message is None:
+        conversation.hold()
+        return {}
+    reply = conversation.answer(flags.message, show=not flags.json)
+    return reply.to_json()
+
+
+class Conversation:
+    """The messages so far, and what to do with the next line."""
+
+    def __init__(self, chat: Chat, system: str | None, *, thinking: bool, settings: dict[str, Any]) -> None:
+        self.thinking = thinking
+        self._chat = chat
+        self._settings = settings
+        self._opening: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
+        self.messages = list(self._opening)
+
+    def hold(self) -> None:
+        """Answer the lines of stdin until they end, or until /quit."""
+        terminal = sys.stdin.isatty()
+        if terminal:
+            import readline  # noqa: F401  (gives input() its line editing)
+
+            printing.notice(HELP)
+        for line in _lines("> " if terminal else ""):
+            if line == "/quit":
+                return
+            if line.startswith("/"):
+                self._command(line)
+            elif line:
+                self._answer_or_say_why_not(line, interruptible=terminal)
+
+    def answer(self, text: str, *, show: bool) -> Reply:
+        """The answer to a user's message, which joins the conversation with it; shown as it comes."""
+        from glm_jax.serving.chat import collect
+
+        messages = [*self.messages, {"role": "user", "content": text}]
+        events = self._chat.stream(messages, thinking=self.thinking, **self._settings)
+        reply = collect(_shown(events) if show else events)
+        self.messages = [*messages, reply.message]
+        return reply
+
+    def _answer_or_say_why_not(self, text: str, *, interruptible: bool) -> None:
+        try:
+            self.answer(text, show=True)
+        except Error as error:
+            if not interruptible:
+                raise
+            printing.notice(f"error: {error}")
+        except KeyboardInterrupt:
+            if not interruptible:
+                raise
+            print(PLAIN if _shows_colors() else "")
+
+    def _command(self, line: str) -> None:
+        if line == "/clear":
+            self.messages = list(self._opening)
+        elif line in ("/think on", "/think off"):
+            self.thinking = line == "/think on"
+        else:
+            printing.notice(f"{line}: unknown; {HELP}")
+
+
+def _lines(prompt: str) -> Iterator[str]:
+    while True:
+        try:
+            yield input(prompt).strip()
+        except EOFError:
+            return
+
+
+def _shown(events: Iterator[ChatEvent]) -> Iterator[ChatEvent]:
+    """Print the events as they pass: thoughts dim, each part on lines of its own."""
+    from glm_jax.serving import Finished
+    from glm_jax.text import ReasoningDelta, ToolCall
+
+    dim, plain = (DIM, PLAIN) if _shows_colors() else ("", "")
+    last: type | None = None
+    for event in events:
+        kind = type(event)
+        if last is not None and kind is not last:
+            print(flush=True)
+        last = kind
+        if isinstance(event, Finished):
+            if event.finish_reason == "length":
+                printing.notice(f"(cut off after {event.usage.completion_tokens} tokens)")
+        elif isinstance(event, ToolCall):
+            print(f"{event.name}({event.arguments})", flush=True)
+        elif isinstance(event, ReasoningDelta):
+            print(f"{dim}{event.text}{plain}", end="", flush=True)
+        else:
+            print(event.text, end="", flush=True)
+        yield event
+
+
+def _shows_colors() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

@@ -1,0 +1,174 @@
+"""Check this machine, and with --model a checkpoint: versions, devices, the chosen kernels, what the files lack.
+
+A warning limits what can be done (a checkpoint without a tokenizer still continues token ids); an error stops it. With
+an error the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from absl import flags as absl_flags
+
+from glm_jax.cli import printing
+from glm_jax.cli.shared_flags import define_json
+from glm_jax.errors import Error
+
+if TYPE_CHECKING:
+    from glm_jax.configs import ModelConfig
+
+PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
+PREFILL_TOKENS = 4096
+OK, WARNING, ERROR = "ok", "warning", "error"
+
+
+def define_flags(flags: absl_flags.FlagValues) -> None:
+    """The verb's flags."""
+    text = "directory of an Orbax or a Hugging Face checkpoint to check"
+    absl_flags.DEFINE_string("model", None, text, flag_values=flags)
+    define_json(flags)
+
+
+def run(flags: absl_flags.FlagValues) -> dict[str, Any]:
+    """Report on the machine, and on --model."""
+    from glm_jax import configs
+
+    devices, checks = _devices()
+    config = configs.get("glm-4.5-air")
+    if flags.model is not None:
+        found, config = check_checkpoint(flags.model, config)
+        checks += found
+    result = {
+        "ok": all(check["status"] != ERROR for check in checks),
+        "versions": _versions(),
+        "devices": devices,
+        "host_memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "experts": chosen_experts(config),
+        "checks": checks,
+    }
+    if not flags.json:
+        _print(result)
+    return result
+
+
+def _versions() -> dict[str, str]:
+    import glm_jax
+
+    versions = {"glm_jax": glm_jax.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _devices() -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Every device with its memory, and the check that there is one."""
+    from glm_jax.cli.loading import find_devices
+
+    try:
+        found = find_devices()
+    except Error as error:
+        return [], [_check("devices", ERROR, str(error))]
+    devices = []
+    for device in found:
+        memory = (device.memory_stats() or {}).get("bytes_limit")
+        described = {"id": device.id, "platform": device.platform, "kind": device.device_kind}
+        devices.append({**described, "memory_bytes": memory})
+    kinds = sorted({device["kind"] for device in devices})
+    return devices, [_check("devices", OK, f"{len(devices)} of {', '.join(kinds)}")]
+
+
+def chosen_experts(config: ModelConfig) -> dict[str, dict[str, str]]:
+    """The implementation of the routed experts by platform, for one token and for a long prompt on one device."""
+    from glm_jax.layers.experts import choose
+
+    moe = config.moe
+    return {
+        name: {
+            "decode": choose(name, 1, moe.num_experts_per_token, moe.num_experts),
+            "prefill": choose(name, PREFILL_TOKENS, moe.num_experts_per_token, moe.num_experts),
+        }
+        for name in ("cpu", "gpu", "tpu")
+    }
+
+
+def check_checkpoint(directory: str, fallback: ModelConfig) -> tuple[list[dict[str, str]], ModelConfig]:
+    """The checks of a checkpoint's files, and its configuration (`fallback` if it does not open)."""
+    from glm_jax.checkpoint import open_source
+    from glm_jax.serving import text_directory
+    from glm_jax.text import ChatTemplate, GenerationDefaults, load_tokenizer
+
+    try:
+        source = open_source(directory)
+        files = text_directory(directory)
+    except Error as error:
+        return [_check("checkpoint", ERROR, str(error))], fallback
+    config = source.config
+    checks = [_check("checkpoint", OK, f"opens; {config.model_type}, {config.num_layers} layers")]
+
+    def tokenizer() -> tuple[str, str]:
+        size = load_tokenizer(files).vocab_size
+        fits = size <= config.vocab_size
+        return (OK if fits else ERROR), f"{size} ids, the model has {config.vocab_size}"
+
+    def template() -> tuple[str, str]:
+        loaded = ChatTemplate.load(files)
+        loaded.render([{"role": "user", "content": "hello"}])
+        return OK, "renders"
+
+    def stop_tokens() -> tuple[str, str]:
+        found = GenerationDefaults.load(files).stop_ids
+        return (OK, ", ".join(map(str, found))) if found else (WARNING, "none: answers end by their length alone")
+
+    for name, look in {"tokenizer": tokenizer, "chat template": template, "stop tokens": stop_tokens}.items():
+        checks.append(_try(name, look))
+    return [*checks, _router_bias(source)], config
+
+
+def _try(name: str, look: Callable[[], tuple[str, str]]) -> dict[str, str]:
+    try:
+        return _check(name, *look())
+    except Error as error:
+        return _check(name, WARNING, str(error))
+
+
+def _router_bias(source: Any) -> dict[str, str]:
+    """The router's correction bias must be float32 in storage: rounded to bfloat16 it chooses other experts."""
+    from glm_jax.checkpoint.source import HfSource
+    from glm_jax.model import Transformer
+    from glm_jax.sharding import weights_by_name
+
+    names = [name for name in weights_by_name(Transformer(source.config)) if name.endswith("router.bias")]
+    if isinstance(source, HfSource):
+        dtypes = {dtype.name for name in names for dtype in source.dtypes(name)}
+    else:
+        dtypes = {source.arrays.spec(name).dtype for name in names}
+    if dtypes <= {"float32"}:
+        return _check("router bias", OK, "float32")
+    return _check("router bias", WARNING, f"stored as {', '.join(sorted(dtypes))}; rounded, it chooses other experts")
+
+
+def _check(name: str, status: str, detail: str) -> dict[str, str]:
+    return {"check": name, "status": status, "detail": detail}
+
+
+def _print(result: dict[str, Any]) -> None:
+    print(printing.columns(list(result["versions"].items())))
+    print(f"\nhost memory {printing.format_bytes(result['host_memory_bytes'])}")
+    for device in result["devices"]:
+        memory = device["memory_bytes"]
+        size = "the host's" if memory is None else printing.format_bytes(memory)
+        print(f"device {device['id']}: {device['kind']} ({device['platform']}), memory {size}")
+    print("\nexperts, by platform")
+    rows = []
+    for name, by_phase in result["experts"].items():
+        rows.append((name, *(f"{phase} {chosen}" for phase, chosen in by_phase.items())))
+    print(printing.columns(rows, indent="  "))
+    print()
+    print(printing.columns([(check["status"], check["check"], check["detail"]) for check in result["checks"]]))

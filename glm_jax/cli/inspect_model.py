@@ -1,0 +1,116 @@
+"""Show the architecture and size of a preset, a Hugging Face checkpoint or an Orbax checkpoint.
+
+Only headers are read: no weight is loaded. Counts and bytes of a preset are those of the published checkpoint in
+bfloat16, its MTP layer and copies included; those of a checkpoint are what it stores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from absl import flags as absl_flags
+
+from glm_jax.cli import printing
+from glm_jax.cli.shared_flags import define_json, need
+
+if TYPE_CHECKING:
+    from glm_jax.configs import ModelConfig
+    from glm_jax.model import ParameterCounts
+
+PRESET, HUGGING_FACE, ORBAX = "preset", "huggingface", "orbax"
+
+
+def define_flags(flags: absl_flags.FlagValues) -> None:
+    """The verb's flags."""
+    text = "a known model such as glm-4.5-air, or the directory of a checkpoint"
+    absl_flags.DEFINE_string("model", None, text, flag_values=flags)
+    define_json(flags)
+
+
+def run(flags: absl_flags.FlagValues) -> dict[str, Any]:
+    """Describe --model."""
+    need(flags, "model")
+    from glm_jax.cli.loading import named_config
+    from glm_jax.model import count_parameters
+
+    config = named_config(flags.model)
+    kind = PRESET
+    if config is None:
+        kind, config, stored = _open(flags.model)
+    else:
+        stored = _declared_bytes(config)
+    counts = count_parameters(config)
+    nbytes = sum(stored.values())
+    if not flags.json:
+        print(f"{flags.model} ({kind})")
+        print(printing.columns([*_architecture(config), *_sizes(counts, stored, nbytes)], indent="  "))
+    return {
+        "model": flags.model,
+        "kind": kind,
+        "config": dataclasses.asdict(config),
+        "parameters": dataclasses.asdict(counts),
+        "bytes": nbytes,
+        "bytes_by_dtype": dict(stored),
+    }
+
+
+def _open(directory: str) -> tuple[str, ModelConfig, Counter[str]]:
+    """Kind, configuration and stored bytes by dtype of a checkpoint directory."""
+    from glm_jax.checkpoint import open_source
+    from glm_jax.checkpoint.safetensors import NUMPY_DTYPES
+    from glm_jax.checkpoint.source import HfSource
+
+    source = open_source(directory)
+    stored: Counter[str] = Counter()
+    if isinstance(source, HfSource):
+        for tensor in source.files.tensors.values():
+            stored[NUMPY_DTYPES[tensor.dtype].name] += tensor.nbytes
+        return HUGGING_FACE, source.config, stored
+    for spec in source.arrays.specs().values():
+        stored[spec.dtype] += spec.nbytes
+    return ORBAX, source.config, stored
+
+
+def _declared_bytes(config: ModelConfig) -> Counter[str]:
+    """Bytes by dtype of the weights as declared: bfloat16, but for those whose dtype is pinned."""
+    from glm_jax.model import Transformer
+    from glm_jax.sharding import weights_by_name
+
+    declared: Counter[str] = Counter()
+    for weight in weights_by_name(Transformer(config)).values():
+        value = weight.get_raw_value()
+        declared[value.dtype.name] += value.size * value.dtype.itemsize
+    return declared
+
+
+def _architecture(config: ModelConfig) -> list[tuple[str, str]]:
+    attention, moe = config.attention, config.moe
+    traits = [f"{attention.rope.rotary_dim} rotated at base {attention.rope.theta:,.0f}"]
+    traits += ["bias"] * attention.qkv_bias + ["QK norm"] * attention.qk_norm
+    copies = f", with its own copy of {' and '.join(config.mtp_copies)}" if config.mtp_copies else ""
+    return [
+        ("architecture", config.model_type),
+        ("layers", f"{config.num_layers}: {config.num_dense_layers} dense, {config.num_moe_layers} with experts"),
+        ("MTP layers", f"{config.num_mtp_layers}{copies}"),
+        ("embedding width", f"{config.embed_dim}"),
+        ("heads", f"{attention.num_heads} of {attention.head_dim} ({', '.join(traits)})"),
+        ("kv heads", f"{attention.num_kv_heads}"),
+        ("dense width", f"{config.mlp_width}"),
+        ("experts", f"{moe.num_experts}, {moe.num_experts_per_token} active, {moe.num_shared_experts} shared"),
+        ("expert width", f"{moe.expert_width}"),
+        ("routed scaling", f"{moe.routed_scaling:g}"),
+        ("vocabulary", f"{config.vocab_size:,}" + (" (output head tied)" if config.tie_embeddings else "")),
+        ("positions", f"{config.max_positions:,}"),
+    ]
+
+
+def _sizes(counts: ParameterCounts, stored: Counter[str], nbytes: int) -> list[tuple[str, str]]:
+    dtypes = ", ".join(f"{dtype} {printing.format_bytes(size)}" for dtype, size in stored.most_common())
+    return [
+        ("parameters", f"{counts.total:,}; without MTP {counts.without_mtp:,}"),
+        ("  as reported", f"{counts.report:,}: with MTP, without embedding and head"),
+        ("  active", f"{counts.active:,} a token, counted likewise; {counts.active_without_mtp:,} without MTP"),
+        ("bytes", f"{nbytes:,} ({dtypes})"),
+    ]
