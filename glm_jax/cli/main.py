@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import json
 import os
 import sys
@@ -44,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         argv = sys.argv[1:]
         for stream in (sys.stdin, sys.stdout):
-            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
     try:
         status = _dispatch(list(argv))
         sys.stdout.flush()

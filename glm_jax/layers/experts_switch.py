@@ -1,8 +1,168 @@
-"""Placeholder until the CPU form lands."""
+"""The routed experts on a CPU: each expert hit is read once, and multiplied with just the rows that chose it.
+
+XLA's CPU backend copies a slice of a stacked weight before it multiplies with it, does not fuse a product into a
+neighbour, and pays page faults for large temporary arrays. The forms here go round that:
+
+    one token       a loop over its K choices. A product of one vector, written `(h[None] @ slice.T)[0]`, is the one
+                    that XLA fuses with the slice: the weights stream from memory once, uncopied, on all cores.
+    more tokens     experts sorted by how many rows chose them, and one loop for each bucket of row counts. A switch
+                    on the bucket inside a single loop would copy the output at every turn.
+        few rows    the product as a sum of elementwise products of narrow column strips (`_strips`): fused with the
+                    slice, vectorised, on all cores. Twice as fast as copy and product up to 4 rows.
+        many rows   copy and product: the copy is small beside the arithmetic.
+
+The trip counts depend on the routing, so this has no reverse derivative.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from glm_jax.layers.mlp import swiglu
+
+Product = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+STRIP_ROWS = (2, 4, 8)  # buckets multiplied by strips
+STRIP_WIDTH = 16  # columns of the narrowest strip: one 512-bit register of float32
+MAX_STRIPS = 32  # strips of a product: bounds the code that is compiled; the partial sums are 1/32 of the work
+MIN_STRIP_BYTES = 1 << 18  # an expert's matrix below this stays in the cache, copy and all
+PRODUCT_ROWS = (16, 24, 32, 48, 64, 96, 128, 192)  # buckets of copy and product; beyond, each is 1.5 or 1.33 times the last
 
 
-def switch_experts(x_TD, ids_TK, weights_TK, gate_up_E2FD, down_EDF):
-    """Stand-in."""
-    from glm_jax.layers.experts import dense_experts
+def switch_experts(
+    x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, *, gate_up_E2FD: jax.Array, down_EDF: jax.Array
+) -> jax.Array:
+    """Weighted sum of the chosen local experts of each token; exact, no row is dropped.
 
-    return dense_experts(x_TD, ids_TK, weights_TK, gate_up_E2FD=gate_up_E2FD, down_EDF=down_EDF)
+    Args:
+        x_TD: the tokens.
+        ids_TK: experts chosen; an id outside 0..E-1 is an expert of another device and adds nothing.
+        weights_TK: the weight of each choice.
+        gate_up_E2FD: gate and up projections, [out, in].
+        down_EDF: down projections, [out, in].
+
+    Returns:
+        y_TD in the dtype of x, accumulated in float32.
+    """
+    experts, _, width, embed = gate_up_E2FD.shape
+    weights_TK = weights_TK.astype(jnp.float32)
+    weights = (gate_up_E2FD.reshape(experts, 2 * width, embed), down_EDF)
+    run = _one_token if x_TD.shape[0] == 1 else _many_tokens
+    return run(x_TD, ids_TK, weights_TK, weights).astype(x_TD.dtype)
+
+
+def _one_token(
+    x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, weights: tuple[jax.Array, jax.Array]
+) -> jax.Array:
+    """One choice after the other; those of other devices come last and are not computed."""
+    local = _is_local(ids_TK, weights[1].shape[0])
+    order = jnp.argsort(~local[0], stable=True)
+
+    def choice(i: jax.Array, total: jax.Array) -> jax.Array:
+        k = order[i]
+        return total + weights_TK[0, k] * _expert(_fused_vector, weights, ids_TK[0, k], x_TD)
+
+    total = _zeros(x_TD.shape, x_TD, ids_TK, weights_TK, *weights)
+    return lax.fori_loop(0, jnp.sum(local, dtype=jnp.int32), choice, total)
+
+
+def _many_tokens(
+    x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, weights: tuple[jax.Array, jax.Array]
+) -> jax.Array:
+    """For each bucket of row counts, a loop over the experts in it."""
+    (tokens, choices), experts = ids_TK.shape, weights[1].shape[0]
+    expert_of_row = jnp.where(_is_local(ids_TK, experts), ids_TK, experts).reshape(-1)
+    counts = jnp.sum(expert_of_row[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
+    starts = jnp.cumsum(counts) - counts
+    by_count = jnp.argsort(counts)
+    buckets = _buckets(tokens)
+    # Rows by expert, with room for the last expert to read a whole bucket.
+    rows_by_expert = jnp.pad(jnp.argsort(expert_of_row, stable=True), (0, buckets[-1]))
+    weight_of_row = weights_TK.reshape(-1)
+    edges = [jnp.sum(counts <= edge, dtype=jnp.int32) for edge in (0, *buckets)]
+
+    def expert(i: jax.Array, total: jax.Array, *, rows: int) -> jax.Array:
+        index = by_count[i]
+        row = lax.dynamic_slice(rows_by_expert, (starts[index],), (rows,))
+        token = row // choices
+        product = functools.partial(_strips if rows in STRIP_ROWS else _copied)
+        out = _expert(product, weights, index, x_TD.at[token].get(mode="promise_in_bounds"))
+        out = out * weight_of_row.at[row].get(mode="promise_in_bounds")[:, None]
+        # Rows of the bucket beyond the expert's own are other experts': computed, not added.
+        out = jnp.where((jnp.arange(rows) < counts[index])[:, None], out, 0.0)
+        return total.at[token].add(out, mode="promise_in_bounds")
+
+    total = _zeros(x_TD.shape, x_TD, ids_TK, weights_TK, *weights)
+    for rows, low, high in zip(buckets, edges, edges[1:], strict=False):
+        total = lax.fori_loop(low, high, functools.partial(expert, rows=rows), total)
+    return total
+
+
+def _buckets(tokens: int) -> tuple[int, ...]:
+    """Row counts that are compiled: an expert of n rows runs in the smallest that holds n. The last holds all tokens.
+
+    Long prompts rarely leave an expert a handful of rows, and each bucket costs compile time: they keep fewer.
+    """
+    sizes = [*(STRIP_ROWS if tokens <= 64 else STRIP_ROWS[-1:]), *PRODUCT_ROWS]
+    while sizes[-1] < tokens:
+        sizes.append(2 * sizes[-2])
+    return tuple(sizes[: next(i for i, rows in enumerate(sizes) if rows >= tokens) + 1])
+
+
+def _expert(product: Product, weights: tuple[jax.Array, jax.Array], index: jax.Array, x_RD: jax.Array) -> jax.Array:
+    """down(silu(gate(x)) * up(x)) of one expert on rows x, in float32."""
+    gate_up, down = weights
+    width = down.shape[2]
+    hidden = product(gate_up, index, x_RD)
+    hidden = swiglu(hidden[:, :width], hidden[:, width:]).astype(x_RD.dtype)
+    return product(down, index, hidden)
+
+
+def _fused_vector(weight_EMN: jax.Array, index: jax.Array, x_1N: jax.Array) -> jax.Array:
+    matrix = lax.dynamic_index_in_dim(weight_EMN, index, keepdims=False)
+    return jnp.matmul(x_1N, matrix.T, preferred_element_type=jnp.float32)
+
+
+def _copied(weight_EMN: jax.Array, index: jax.Array, x_RN: jax.Array) -> jax.Array:
+    matrix = lax.dynamic_index_in_dim(weight_EMN, index, keepdims=False)
+    return jnp.matmul(x_RN, matrix.T, preferred_element_type=jnp.float32)
+
+
+def _strips(weight_EMN: jax.Array, index: jax.Array, x_RN: jax.Array) -> jax.Array:
+    """x @ weight[index].T as a sum over strips of columns, then over the columns of a strip."""
+    _, outputs, inputs = weight_EMN.shape
+    strips = _strip_count(inputs)
+    if strips == 1 or outputs * inputs * weight_EMN.dtype.itemsize < MIN_STRIP_BYTES:
+        return _copied(weight_EMN, index, x_RN)
+    rows, strip = x_RN.shape[0], inputs // strips
+    x_RN = x_RN.astype(jnp.float32)
+    partial = jnp.zeros((outputs, rows, strip), jnp.float32)
+    for low in range(0, inputs, strip):
+        weight = lax.dynamic_slice(weight_EMN, (index, 0, low), (1, outputs, strip))[0].astype(jnp.float32)
+        partial = partial + weight[:, None, :] * x_RN[None, :, low : low + strip]
+    # As a product with ones, which XLA keeps apart from the sum above; a fused reduction would undo its vectors.
+    sums = partial.reshape(outputs * rows, strip) @ jnp.ones((strip,), jnp.float32)
+    return sums.reshape(outputs, rows).T
+
+
+def _strip_count(inputs: int) -> int:
+    """The most strips of equal width that are at most MAX_STRIPS, of whole registers; 1 if there are none."""
+    return max(
+        (n for n in range(1, MAX_STRIPS + 1) if inputs % n == 0 and (inputs // n) % STRIP_WIDTH == 0), default=1
+    )
+
+
+def _is_local(ids_TK: jax.Array, experts: int) -> jax.Array:
+    return (ids_TK >= 0) & (ids_TK < experts)
+
+
+def _zeros(shape: tuple[int, ...], *varying: jax.Array) -> jax.Array:
+    """float32 zeros to carry through a loop, varying over the mesh axes (of a `shard_map`) that any argument does."""
+    axes = frozenset().union(*(jax.typeof(array).vma for array in varying))
+    zeros = jnp.zeros(shape, jnp.float32)
+    return lax.pcast(zeros, tuple(axes), to="varying") if axes else zeros

@@ -122,7 +122,7 @@ def test_plain_orbax_restores_a_part(checkpoint: Path) -> None:
 def test_plain_orbax_sees_the_damage(broken: Path) -> None:
     flip(broken / "default" / "embed" / "c.1.0")
     # Alone: a failing restore leaves its other reads in flight, and they complain when they end.
-    with pytest.raises(ValueError, match="error while reading array") as caught:
+    with pytest.raises(Exception, match="error while reading array") as caught:
         restore_embed_only(broken)
     assert "Digest mismatch" in str(caught.value.__cause__)
 

@@ -64,7 +64,7 @@ def test_logits_and_mtp_logits(tmp_path, one_device, shape):
 
 @pytest.mark.parametrize("shape", [{}, AIR], ids=["glm", "air"])
 def test_logits_over_many_seeds(tmp_path, one_device, shape):
-    for seed in range(10, 20):
+    for seed in range(10, 16):
         directory = oracle.save(tmp_path / str(seed), seed=seed, **shape)
         check(directory, one_device, random_tokens((3, 20), seed))
 
@@ -90,7 +90,7 @@ def test_the_correction_bias_decides(tmp_path, one_device):
 
 
 def test_prompts_longer_than_a_block_of_queries(tmp_path, one_device):
-    shape = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048}
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 2048}
     directory = oracle.save(tmp_path / "hf", seed=3, rope_theta=1e6, **shape)
     check(directory, one_device, random_tokens((1, 1100)))
 

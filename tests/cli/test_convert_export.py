@@ -1,0 +1,174 @@
+"""convert and export: what they make and say, and every refusal of a bad source or target, with nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+
+from glm_jax.checkpoint.safetensors_dir import INDEX_NAME, SafetensorsDir
+
+LAST_SHARD = "model-00002-of-00002.safetensors"
+
+
+def tensors(directory: Path) -> dict[str, tuple]:
+    with SafetensorsDir(directory) as files:
+        return {info.name: (info.dtype, info.shape, array.tobytes()) for info, array in files.stream()}
+
+
+def test_there_and_back(call, hf, orbax, tmp_path):
+    said = call("export", f"--source={orbax}", f"--target={tmp_path / 'back'}")
+    assert said.status == 0
+    assert said.out.startswith("exported 101 tensors, 546.6 kB in ") and said.out.endswith(f"to {tmp_path / 'back'}\n")
+    assert tensors(tmp_path / "back") == tensors(hf)
+    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (hf / name).read_bytes()
+
+
+def test_report_as_json_and_notes(call, hf, tmp_path):
+    source = shutil.copytree(hf, tmp_path / "source")
+    shutil.copyfile(source / LAST_SHARD, source / "other.safetensors")
+    said = call("convert", "--source", source, "--target", tmp_path / "out", "--json")
+    report = said.json
+    assert (report["tensors"], report["bytes"], report["target"]) == (101, 546_560, str(tmp_path / "out"))
+    (note,) = report["notes"]
+    assert "other.safetensors" in note
+    assert f"note: {note}\n" in said.err
+
+
+@pytest.fixture
+def source(hf, tmp_path) -> Path:
+    """A copy of the checkpoint, to be damaged."""
+    return shutil.copytree(hf, tmp_path / "source")
+
+
+def edit_json(path: Path, **changes) -> None:
+    content = json.loads(path.read_text())
+    content.update(changes)
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def edit_header(path: Path, old: bytes, new: bytes) -> None:
+    content = path.read_bytes()
+    assert len(old) == len(new) and old in content
+    path.write_bytes(content.replace(old, new, 1))
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1000)
+
+
+def name_outside(path: Path) -> None:
+    index = json.loads(path.read_text())["weight_map"]
+    edit_json(path, weight_map={**index, "lm_head.weight": "../secret.safetensors"})
+
+
+DAMAGES = {
+    "missing shard": (lambda d: (d / LAST_SHARD).unlink(), f"missing: {LAST_SHARD}"),
+    "truncated shard": (lambda d: truncate(d / LAST_SHARD), "is truncated: its header describes"),
+    "wrong shape": (
+        lambda d: edit_json(d / "config.json", moe_intermediate_size=48),
+        "of the wrong shape: model.layers",
+    ),
+    "unknown dtype": (lambda d: edit_header(d / LAST_SHARD, b'"BF16"', b'"BF17"'), "dtype 'BF17' is none of"),
+    "dtype not supported": (lambda d: edit_header(d / LAST_SHARD, b'"BF16"', b'"I16" '), "is I16, not BF16, F16, F32"),
+    "index leaves the directory": (
+        lambda d: name_outside(d / INDEX_NAME),
+        "a plain file name under the directory is right",
+    ),
+    "missing key": (
+        lambda d: edit_json(d / "config.json", n_routed_experts=None),
+        "config.json: n_routed_experts is missing",
+    ),
+    "architecture": (lambda d: edit_json(d / "config.json", model_type="llama"), "model_type 'llama' is not supported"),
+    "no config": (lambda d: (d / "config.json").unlink(), "config.json does not exist"),
+    "config is no JSON": (lambda d: (d / "config.json").write_text("{"), "is not readable JSON"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_bad_source_is_one_line_and_leaves_nothing(call, source, tmp_path, damage):
+    change, complaint = DAMAGES[damage]
+    change(source)
+    assert complaint in call("convert", f"--source={source}", f"--target={tmp_path / 'out'}").complaint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_bad_checkpoint_is_one_line_for_the_verbs_that_read_it(call, source, damage):
+    change, complaint = DAMAGES[damage]
+    change(source)
+    assert complaint in call("inspect", f"--model={source}", "--json").complaint
+    assert complaint in call("generate", f"--model={source}", "--tokens=5", "--json").complaint
+
+
+@pytest.mark.parametrize("verb", ["convert", "export"])
+def test_a_target_that_holds_something_stays_as_it_is(call, hf, orbax, tmp_path, verb):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("years of work")
+    source = hf if verb == "convert" else orbax
+    said = call(verb, f"--source={source}", f"--target={tmp_path / 'taken'}")
+    assert "exists and is not empty; name a new directory" in said.complaint
+    assert [path.read_text() for path in (tmp_path / "taken").iterdir()] == ["years of work"]
+
+
+@pytest.mark.parametrize("verb", ["convert", "export"])
+def test_a_target_that_is_a_file(call, hf, orbax, tmp_path, verb):
+    (tmp_path / "file").write_text("text")
+    source = hf if verb == "convert" else orbax
+    assert (
+        "exists and is not a directory" in call(verb, f"--source={source}", f"--target={tmp_path / 'file'}").complaint
+    )
+
+
+@pytest.mark.parametrize(
+    ("verb", "complaint"), [("convert", "is not a directory"), ("export", "is no Orbax checkpoint")]
+)
+def test_a_source_that_is_none(call, tmp_path, verb, complaint):
+    said = call(verb, f"--source={tmp_path / 'nothing'}", f"--target={tmp_path / 'out'}")
+    assert complaint in said.complaint
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_refuses_a_hugging_face_source(call, hf, tmp_path):
+    said = call("export", f"--source={hf}", f"--target={tmp_path / 'out'}")
+    assert "is no Orbax checkpoint of glm_jax" in said.complaint
+
+
+@contextlib.contextmanager
+def largest_file(size: int):
+    """No file may grow beyond `size` bytes: what a full disk does to a writer, for one process."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("verb", ["convert", "export"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(call, hf, orbax, tmp_path, verb):
+    source = hf if verb == "convert" else orbax
+    with largest_file(10_000):
+        said = call(verb, f"--source={source}", f"--target={tmp_path / 'out'}")
+    assert "the file is larger than the file system or the process limit allows" in said.complaint
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_chunk_is_named(call, orbax, tmp_path):
+    damaged = shutil.copytree(orbax, tmp_path / "damaged")
+    chunk = next(path for path in sorted((damaged / "default" / "head.weight").iterdir()) if path.name.startswith("c."))
+    content = bytearray(chunk.read_bytes())
+    content[100] ^= 1
+    chunk.write_bytes(content)
+    for arguments in (
+        ["export", f"--source={damaged}", f"--target={tmp_path / 'out'}"],
+        ["generate", f"--model={damaged}", "--tokens=5"],
+    ):
+        assert "default/head.weight" in call(*arguments).complaint
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,177 @@
+"""The program itself: help, flags, what it says when it is misused, and its exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from absl import flags as absl_flags
+
+import glm_jax
+from glm_jax.cli import main as program
+from glm_jax.cli import printing
+from tests.house.tree import ROOT
+
+WITHOUT_JAX = "import sys; from glm_jax.cli.main import main; main({!r}); assert 'jax' not in sys.modules"
+
+
+@pytest.fixture
+def verb(monkeypatch):
+    """Makes a function the verb `fake`, for how the program treats verbs."""
+
+    def install(run):
+        module = type(sys)("glm_jax.cli.fake")
+        module.__doc__ = "A verb.\n\nWith more to say."
+        module.define_flags = lambda flags: absl_flags.DEFINE_boolean("json", False, "a flag", flag_values=flags)
+        module.run = run
+        monkeypatch.setitem(sys.modules, "glm_jax.cli.fake", module)
+        monkeypatch.setitem(program.VERBS, "fake", ("fake", "a verb for tests"))
+
+    return install
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_has_a_line_for_each_verb(call, arguments):
+    said = call(*arguments)
+    assert said.status == 0
+    for name, (_, summary) in program.VERBS.items():
+        assert [line.split(maxsplit=1) for line in said.out.splitlines()].count([name, summary]) == 1
+
+
+@pytest.mark.parametrize("name", program.VERBS)
+def test_help_of_a_verb_lists_its_flags_and_works_beside_others(call, name):
+    said = call(name, "--source=x", "--help")
+    assert said.status == 0
+    assert "--[no]json  print one JSON object" in said.out
+    assert all(len(line) <= 120 for line in said.out.splitlines())
+
+
+def test_version(call):
+    assert call("--version").out == f"glm-jax {glm_jax.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["generate", "--help"], ["generate", "--bad"]])
+def test_no_jax_before_the_flags_are_parsed(arguments):
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", WITHOUT_JAX.format(arguments)], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - started < 5.0  # 0.15 on a quiet machine
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["train-it"], "there is no verb 'train-it'; the verbs are convert, export"),
+        (
+            ["inspect", "--modle=x"],
+            "Unknown command line flag 'modle'. Did you mean: model ?; see glm-jax inspect --help",
+        ),
+        (["inspect", "--model"], "Missing value for flag --model; see glm-jax inspect --help"),
+        (["inspect", "glm-4.5"], "'glm-4.5' is no flag; they are written --flag=value"),
+        (["inspect", "--nojson=1", "--model=x"], "--nojson=1 does not take an argument"),
+        (["generate", "--max_new_tokens=many"], "flag --max_new_tokens=many: invalid literal for int()"),
+        (["generate", "--dtype=float99"], "flag --dtype=float99: value should be one of <bfloat16|float16|float32>"),
+        (["generate"], "--model must be given"),
+        (["convert"], "--source and --target must be given"),
+        (["plan", "--model=glm-4.5", "--devices=8"], "--memory must be given"),
+    ],
+)
+def test_misuse_is_one_line(call, arguments, complaint):
+    assert call(*arguments).complaint.startswith(complaint)
+
+
+def test_flags_can_be_written_in_both_ways(call):
+    results = [
+        call("inspect", "--model=tiny-glm", "--json"),
+        call("inspect", "--model", "tiny-glm", "--json=true"),
+        call("inspect", "-model", "tiny-glm", "--json"),
+    ]
+    assert len({said.out for said in results}) == 1
+    assert results[0].json["model"] == "tiny-glm"
+
+
+def test_with_json_stdout_holds_the_object_alone(call, verb):
+    def run(flags):
+        print("chatter")
+        return {"text": "é\n", "json": flags.json}
+
+    verb(run)
+    said = call("fake", "--json")
+    assert said.out == '{"text": "\\u00e9\\n", "json": true}\n'
+    assert said.err == "chatter\n"
+    assert call("fake").out == "chatter\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "err"),
+    [
+        (glm_jax.CheckpointError("what is\nwrong"), 2, "glm-jax: error: what is wrong\n"),
+        (PermissionError(13, "Permission denied", "some/where"), 2, "glm-jax: error: some/where: Permission denied\n"),
+        (KeyboardInterrupt(), 130, "\n"),
+        (BrokenPipeError(), 141, ""),
+    ],
+)
+def test_status_of_what_can_be_mended_and_of_what_is_stopped(call, verb, monkeypatch, error, status, err):
+    def run(flags):
+        raise error
+
+    verb(run)
+    monkeypatch.setattr(program.os, "dup2", lambda *descriptors: None)  # stdout is the test's
+    said = call("fake")
+    assert (said.status, said.out, said.err) == (status, "", err)
+
+
+def test_a_bug_is_not_hidden(call, verb):
+    def run(flags):
+        raise ZeroDivisionError
+
+    verb(run)
+    with pytest.raises(ZeroDivisionError):
+        call("fake")
+
+
+def test_status_is_1_where_the_object_says_not_ok(call, verb):
+    verb(lambda flags: {"ok": False})
+    assert call("fake").status == 1
+    assert call("fake", "--json").status == 1
+
+
+def test_process_prints_one_object_and_exits_with_2_on_errors(orbax):
+    """Two real processes: nothing of jax or the logs reaches stdout, and a mesh that does not divide is refused."""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "glm_jax.cli", "generate", f"--model={orbax}", "--tokens=5,6,7", "--json"]
+    command += ["--max_new_tokens", "24", "--temperature", "0", "--ignore_eos"]
+
+    def run(*more):
+        return subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, env=environment)
+
+    done = run("--mesh=data=1")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["tokens"]) == 24
+    assert done.stdout.count("\n") == 1
+    done = run("--mesh=tensor=8")
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("glm-jax: error: ") and "does not divide over mesh axis tensor = 8" in line
+
+
+def test_output_into_a_closed_pipe_is_no_traceback():
+    command = f"{sys.executable} -m glm_jax.cli inspect --model=tiny-glm | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == ("141", "")
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch):
+    monkeypatch.setattr(printing, "SECONDS_BETWEEN_LINES", 0.0)
+    with printing.progress("converting") as progress:
+        progress(500_000_000, 2_000_000_000)
+    line = capsys.readouterr().err
+    assert line.startswith("converting: 500.0 MB of 2.0 GB (25%), ") and line.endswith("/s\n")
+
+
+def test_columns_are_aligned():
+    assert printing.columns([("a", "b"), ("long", "c")], indent="> ") == "> a     b\n> long  c"
