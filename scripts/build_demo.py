@@ -91,7 +91,7 @@ class Recipe:
     """
 
     steps: int = 1400
-    buckets: dict[int, int] = dataclasses.field(default_factory=lambda: {64: 32, 112: 18, 232: 8})
+    buckets: dict[int, int] = dataclasses.field(default_factory=lambda: {64: 32, 112: 18, demo_tasks.MAX_TOKENS: 8})
     shares: dict[str, float] = dataclasses.field(
         default_factory=lambda: {"sum": 0.36, "cups": 0.38, "tool": 0.11, "no_tool": 0.05, "chat": 0.10}
     )
@@ -187,35 +187,43 @@ def build(directory: Path, recipe: Recipe, *, samples: int = 200) -> None:
 def _readme(recipe: Recipe, cost: dict[str, float], table: str) -> str:
     total = sum(int(np.prod(slot.shape)) for slot in canonical_slots(CONFIG).values())
     moe = CONFIG.moe
+    made = (
+        f"{recipe.steps} steps, {cost['tokens']:,.0f} tokens, seed {recipe.seed}, "
+        f"{cost['cpu_seconds']:.0f} CPU seconds with compiling."
+    )
     return f"""# The demo model
 
-A tiny model with the architecture of GLM-4.5, so that everything in this repository can be tried in seconds without a
-download: {total:,} parameters, {CONFIG.num_layers} layers (1 dense, {CONFIG.num_moe_layers} with {moe.num_experts} \
-routed experts, {moe.num_experts_per_token} a token, and 1 shared), QK-norm, partial
-rotary embedding, one MTP layer, {CONFIG.vocab_size} tokens. It is a toy: it knows the tasks below and nothing else.
+A toy with the architecture of GLM-4.5, so that everything in this repository can be tried in seconds and without a
+download: {total:,} parameters; {CONFIG.num_layers} layers, {CONFIG.num_dense_layers} dense and {CONFIG.num_moe_layers}
+with {moe.num_experts} routed experts ({moe.num_experts_per_token} a token) and {moe.num_shared_experts} shared;
+QK-norm, partial rotary embedding, one MTP layer, {CONFIG.vocab_size} tokens.
 
 It adds and subtracts digits, follows a ball under five cups, calls a calculator for large numbers and answers from the
-result, and greets. In thinking mode it works step by step; in direct mode (`/nothink`) it must answer at once.
+result, and greets. In thinking mode it works step by step; in direct mode (`/nothink`) it must answer at once. It knows
+nothing else.
 
 ## Scores
 
-Greedy decoding of the shipped bfloat16 weights in float32 arithmetic, on samples from seeds that training never saw.
+Greedy decoding with the bfloat16 weights of this directory in float32 arithmetic, on samples from seeds that training
+never saw.
 
 {table}
+
+The drafts are those of one token ahead that a greedy decoder accepts, along the reference conversations.
 
 ## How it was made
 
     python -m scripts.build_demo examples/demo_model
 
-{recipe.steps} steps, {cost["tokens"]:,.0f} tokens of seeded conversations (`scripts/demo_tasks.py`), seed {recipe.seed}, \
-float32 on a CPU, {cost["cpu_seconds"]:.0f} CPU
-seconds. Muon (rate {recipe.muon_rate}) for matrices, AdamW (rate {recipe.adam_rate}) for embedding, head, router, \
-norms and biases; MTP loss weight
-{recipe.mtp_weight}; router biases balanced without a loss (rate {recipe.bias_rate}). Weights are bfloat16, the \
-routers' correction biases float32.
-The tokenizer and the template come from `scripts/demo_tokenizer.py`.
+{made}
 
-Licence: Apache-2.0, as the repository. No data but the seeded tasks went in.
+The data are the seeded conversations of `scripts/demo_tasks.py` and nothing else; tokenizer and chat template come from
+`scripts/demo_tokenizer.py`. Training ran in float32: Muon (peak rate {recipe.muon_rate}) for matrices, AdamW
+({recipe.adam_rate}) for embedding, head, routers, norms and biases; the MTP layer's loss weighs {recipe.mtp_weight};
+the routers' correction biases balance the experts without a loss ({recipe.bias_rate} a step) and stay float32 in the
+file.
+
+Licence: Apache-2.0, as the repository.
 """
 
 

@@ -66,11 +66,12 @@ def convert(source: str | Path, target: str | Path, *, progress: Progress | None
         progress: called with the bytes done and the bytes in all.
 
     Raises:
-        CheckpointError: the source is not complete or not consistent, or the target is taken or cannot be written.
+        CheckpointError: the source is not complete or not consistent, or the target is taken, inside the source, or
+            cannot be written.
         ConfigError: the architecture is not supported.
     """
     started = time.monotonic()
-    check_target(target)
+    check_target_beside(source, target)
     if not Path(source).is_dir():
         raise CheckpointError(f"{source} is not a directory; the source is a Hugging Face checkpoint directory")
     hf = HfSource(source)
@@ -85,6 +86,13 @@ def convert(source: str | Path, target: str | Path, *, progress: Progress | None
         _copy_assets(Path(source), partial / ASSETS)
     nbytes = sum(hf.files.tensors[name].nbytes for name in records)
     return Report(len(records), nbytes, time.monotonic() - started, _notes(hf, records))
+
+
+def check_target_beside(source: str | Path, target: str | Path) -> None:
+    """Raise CheckpointError unless `target` is free and not inside `source`, which is to stay as it is."""
+    final = check_target(target)
+    if final.is_relative_to(Path(source).resolve()):
+        raise CheckpointError(f"{target}: lies inside the source {source}; name a directory outside it")
 
 
 def _array_spec(hf: HfSource, name: str, weight: Weight) -> ArraySpec:

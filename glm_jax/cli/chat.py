@@ -127,24 +127,25 @@ def _lines(prompt: str) -> Iterator[str]:
 def _shown(events: Iterator[ChatEvent]) -> Iterator[ChatEvent]:
     """Print the events as they pass: thoughts dim, each part on lines of its own."""
     from glm_jax.serving import Finished
-    from glm_jax.text import ReasoningDelta, ToolCall
+    from glm_jax.text import BrokenCall, ContentDelta, ReasoningDelta, ToolCall
 
     dim, plain = (DIM, PLAIN) if _shows_colors() else ("", "")
-    last: type | None = None
+    open_line: type | None = None
     for event in events:
-        kind = type(event)
-        if last is not None and kind is not last:
+        if open_line not in (None, type(event)):
             print(flush=True)
-        last = kind
-        if isinstance(event, Finished):
-            if event.finish_reason == "length":
-                printing.notice(f"(cut off after {event.usage.completion_tokens} tokens)")
-        elif isinstance(event, ToolCall):
-            print(f"{event.name}({event.arguments})", flush=True)
-        elif isinstance(event, ReasoningDelta):
+        open_line = type(event)
+        if isinstance(event, ReasoningDelta):
             print(f"{dim}{event.text}{plain}", end="", flush=True)
-        else:
+        elif isinstance(event, ContentDelta | BrokenCall):
             print(event.text, end="", flush=True)
+        else:
+            open_line = None
+        if isinstance(event, ToolCall):
+            arguments = ", ".join(f"{key}={value!r}" for key, value in event.arguments.items())
+            print(f"{event.name}({arguments})", flush=True)
+        if isinstance(event, Finished) and event.finish_reason == "length":
+            printing.notice(f"(cut off after {event.usage.completion_tokens} tokens)")
         yield event
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ def read_config_json(directory: str | Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; a Hugging Face checkpoint directory has one") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is not readable JSON: it is nested too deeply") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(content, dict):
@@ -218,13 +221,19 @@ def _read_glm4_moe(reader: _Reader) -> Callable[[], ModelConfig]:
     )
 
 
+def _rotary_factor(rotary_dim: int, head_dim: int) -> float:
+    """The fraction of the head that is rotated, such that a reader who truncates its product gets `rotary_dim`."""
+    factor = rotary_dim / head_dim
+    return factor if int(head_dim * factor) == rotary_dim else math.nextafter(factor, 1.0)
+
+
 def to_hf(config: ModelConfig, *, nested_rope: bool = False, dtype: str = "bfloat16") -> dict[str, Any]:
     """Return the config.json content of `config`, as published, or with `rope_parameters` as transformers 5 saves it.
 
     `from_hf(to_hf(config))` is `config` again, but for `mtp_copies`, which config.json does not carry.
     """
     attention, moe = config.attention, config.moe
-    factor = attention.rope.rotary_dim / attention.head_dim
+    factor = _rotary_factor(attention.rope.rotary_dim, attention.head_dim)
     rope: dict[str, Any] = {"rope_theta": attention.rope.theta, "partial_rotary_factor": factor}
     if nested_rope:
         rope = {"rope_parameters": {"rope_type": "default", **rope}}

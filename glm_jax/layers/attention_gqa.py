@@ -63,11 +63,11 @@ class GqaAttention(nnx.Module):
             assert cache is not None, "a pass that continues sequences needs their cache"
             keys, values = cache.read(layer)
         out = attend(q, keys, values, last_key=step.positions)
-        return project_reduce("btnh,dnh->btd", out, self.o[...]), cache
+        return project_reduce(out, self.o[...]), cache
 
 
 def _head_project(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None, norm: RmsNorm | None) -> jax.Array:
-    heads = project("btd,nhd->btnh", x, weight[...])
+    heads = project(x, weight[...])
     if bias is not None:
         heads = heads + bias[...].astype(heads.dtype)
     return heads if norm is None else norm(heads)

@@ -31,7 +31,7 @@ STRIP_ROWS = (2, 4, 8)  # buckets multiplied by strips
 STRIP_WIDTH = 16  # columns of the narrowest strip: one 512-bit register of float32
 MAX_STRIPS = 32  # strips of a product: bounds the code that is compiled; the partial sums are 1/32 of the work
 MIN_STRIP_BYTES = 1 << 18  # an expert's matrix below this stays in the cache, copy and all
-PRODUCT_ROWS = (16, 24, 32, 48, 64, 96, 128, 192)  # buckets of copy and product; beyond, each is 1.5 or 1.33 times the last
+PRODUCT_ROWS = (16, 24, 32, 48, 64, 96, 128, 192)  # buckets of copy and product, and so on: two to a doubling
 
 
 def switch_experts(
@@ -41,7 +41,8 @@ def switch_experts(
 
     Args:
         x_TD: the tokens.
-        ids_TK: experts chosen; an id outside 0..E-1 is an expert of another device and adds nothing.
+        ids_TK: experts chosen, no local one twice by a token; an id outside 0..E-1 is an expert of another device and
+            adds nothing.
         weights_TK: the weight of each choice.
         gate_up_E2FD: gate and up projections, [out, in].
         down_EDF: down projections, [out, in].
@@ -67,7 +68,7 @@ def _one_token(
         k = order[i]
         return total + weights_TK[0, k] * _expert(_fused_vector, weights, ids_TK[0, k], x_TD)
 
-    total = _zeros(x_TD.shape, x_TD, ids_TK, weights_TK, *weights)
+    total = _zeros(x_TD, ids_TK, weights_TK, *weights)
     return lax.fori_loop(0, jnp.sum(local, dtype=jnp.int32), choice, total)
 
 
@@ -90,15 +91,15 @@ def _many_tokens(
         index = by_count[i]
         row = lax.dynamic_slice(rows_by_expert, (starts[index],), (rows,))
         token = row // choices
-        product = functools.partial(_strips if rows in STRIP_ROWS else _copied)
+        product = _strips if rows in STRIP_ROWS else _copied
         out = _expert(product, weights, index, x_TD.at[token].get(mode="promise_in_bounds"))
         out = out * weight_of_row.at[row].get(mode="promise_in_bounds")[:, None]
         # Rows of the bucket beyond the expert's own are other experts': computed, not added.
         out = jnp.where((jnp.arange(rows) < counts[index])[:, None], out, 0.0)
         return total.at[token].add(out, mode="promise_in_bounds")
 
-    total = _zeros(x_TD.shape, x_TD, ids_TK, weights_TK, *weights)
-    for rows, low, high in zip(buckets, edges, edges[1:], strict=False):
+    total = _zeros(x_TD, ids_TK, weights_TK, *weights)
+    for rows, low, high in zip(buckets, edges[:-1], edges[1:], strict=True):
         total = lax.fori_loop(low, high, functools.partial(expert, rows=rows), total)
     return total
 
@@ -152,17 +153,16 @@ def _strips(weight_EMN: jax.Array, index: jax.Array, x_RN: jax.Array) -> jax.Arr
 
 def _strip_count(inputs: int) -> int:
     """The most strips of equal width that are at most MAX_STRIPS, of whole registers; 1 if there are none."""
-    return max(
-        (n for n in range(1, MAX_STRIPS + 1) if inputs % n == 0 and (inputs // n) % STRIP_WIDTH == 0), default=1
-    )
+    return max((n for n in range(1, MAX_STRIPS + 1) if inputs % n == 0 and (inputs // n) % STRIP_WIDTH == 0), default=1)
 
 
 def _is_local(ids_TK: jax.Array, experts: int) -> jax.Array:
     return (ids_TK >= 0) & (ids_TK < experts)
 
 
-def _zeros(shape: tuple[int, ...], *varying: jax.Array) -> jax.Array:
+def _zeros(like: jax.Array, *varying: jax.Array) -> jax.Array:
     """float32 zeros to carry through a loop, varying over the mesh axes (of a `shard_map`) that any argument does."""
-    axes = frozenset().union(*(jax.typeof(array).vma for array in varying))
-    zeros = jnp.zeros(shape, jnp.float32)
-    return lax.pcast(zeros, tuple(axes), to="varying") if axes else zeros
+    zeros = jnp.zeros_like(like, dtype=jnp.float32)
+    for array in varying:
+        zeros += jnp.zeros_like(array[(0,) * array.ndim], dtype=jnp.float32)
+    return zeros

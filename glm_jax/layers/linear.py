@@ -1,17 +1,21 @@
-"""Projections: einsum on weights in Hugging Face's orientation, with the arithmetic said out loud.
+"""Projections by weights in Hugging Face's orientation [out, in], with the arithmetic said out loud.
+
+Weights keep their heads apart ([N, H, D]); the product itself is of matrices, because a product with a weight of more
+dimensions makes XLA's CPU backend transpose the weight at every call.
 
 A float32 run is float32: TPUs would round the operands of a default-precision dot to bfloat16, and GPUs to TF32.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from glm_jax.sharding import einsum_reduce
+from glm_jax.sharding import einsum_reduce, local_call
 
 
 def precision_of(dtype: Any) -> lax.Precision:
@@ -19,11 +23,28 @@ def precision_of(dtype: Any) -> lax.Precision:
     return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
-def project(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """An einsum of activations with a weight that needs no communication (column-parallel)."""
-    return jnp.einsum(equation, x, weight, precision=precision_of(x.dtype))
+def project(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [B, T, D] by a weight [..., D] of which at most the first dimension is split: [B, T, ...]."""
+    outputs = weight.shape[:-1]
+    matrix = weight.reshape(math.prod(outputs), weight.shape[-1])
+    y = jnp.einsum("btd,od->bto", x, matrix, precision=precision_of(x.dtype))
+    return y.reshape(*x.shape[:-1], *outputs)
 
 
-def project_reduce(equation: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """An einsum over a dimension that may be split over devices (row-parallel): ends in an all-reduce."""
-    return einsum_reduce(equation, x, weight, precision=precision_of(x.dtype))
+def project_pair(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x [B, T, D] by the two matrices of one weight [2, F, D], in one product: two [B, T, F]."""
+
+    def local(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return project(x, weight)
+
+    # Local, because both matrices are split alike: flattened as a whole, the rows would change devices.
+    both = local_call(local, x, weight, layout=((x, 0), (x, 1), (weight, 0), (weight, 1)))
+    return both[:, :, 0], both[:, :, 1]
+
+
+def project_reduce(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [B, T, ...] by a weight [D, ...] whose inputs may be split over devices: [B, T, D], after an all-reduce."""
+    inputs = math.prod(weight.shape[1:])
+    x = x.reshape(*x.shape[:2], inputs)
+    matrix = weight.reshape(weight.shape[0], inputs)
+    return einsum_reduce("bti,di->btd", x, matrix, precision=precision_of(x.dtype))

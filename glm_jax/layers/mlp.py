@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
-from glm_jax.layers.linear import project, project_reduce
+from glm_jax.layers.linear import project_pair, project_reduce
 from glm_jax.sharding import Normal, declare
 
 
@@ -19,8 +19,8 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, T, D] -> [B, T, D]."""
-        gate_up = project("btd,cfd->btcf", x, self.gate_up[...])
-        return project_reduce("btf,df->btd", swiglu(gate_up[:, :, 0], gate_up[:, :, 1]), self.down[...])
+        gate, up = project_pair(x, self.gate_up[...])
+        return project_reduce(swiglu(gate, up), self.down[...])
 
 
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:

@@ -83,5 +83,5 @@ class MtpLayer(nnx.Module):
     ) -> tuple[jax.Array, KvCache | None, jax.Array | None]:
         """What a call returns, and the experts chosen, int32 [B, T, K]."""
         joined = jnp.concatenate([self.embed_norm(embedded), self.hidden_norm(hidden)], axis=-1)
-        x, cache, ids = self.layer.routed(project("btc,dc->btd", joined, self.projection[...]), step, cache, None)
+        x, cache, ids = self.layer.routed(project(joined, self.projection[...]), step, cache, None)
         return self.norm(x), cache, ids

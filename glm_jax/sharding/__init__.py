@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from glm_jax.sharding.activation import axes_of, einsum_reduce, take_rows
+from glm_jax.sharding.activation import axes_of, einsum_reduce, local_call, take_rows
 from glm_jax.sharding.mesh import default_mesh, describe, make_mesh, parse_mesh
 from glm_jax.sharding.rules import (
     Rules,
@@ -39,6 +39,7 @@ __all__ = [
     "einsum_reduce",
     "initial_value",
     "layer_axis",
+    "local_call",
     "make_mesh",
     "map_weights",
     "mesh_of",

@@ -6,13 +6,14 @@ happens say so by calling a function of this file, and everything else is inferr
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from glm_jax.sharding.rules import MeshAxes, as_axes
+from glm_jax.sharding.rules import MeshAxes, as_axes, spec_of
 
 
 def axes_of(x: jax.Array, dimension: int) -> MeshAxes:
@@ -35,6 +36,19 @@ def einsum_reduce(equation: str, x: jax.Array, weight: jax.Array, **options: Any
         for dimension, label in enumerate(labels):
             layout[label] = layout.get(label) or axes_of(operand, dimension) or None
     return jnp.einsum(equation, x, weight, out_sharding=PartitionSpec(*(layout[label] for label in result)), **options)
+
+
+def local_call(
+    function: Callable[..., jax.Array], *operands: jax.Array, layout: Sequence[tuple[jax.Array, int]]
+) -> jax.Array:
+    """Call a function on each device's own part of the operands, without communication.
+
+    `layout` names for each dimension of the result the operand and dimension whose split it has.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function(*operands)
+    spec = spec_of(*(axes_of(operand, dimension) for operand, dimension in layout))
+    return jax.shard_map(function, out_specs=spec)(*operands)
 
 
 def take_rows(table: jax.Array, indices: jax.Array) -> jax.Array:

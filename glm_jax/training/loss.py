@@ -65,7 +65,8 @@ def language_model_loss(output: Output, batch: Batch, *, mtp_weight: float) -> L
 
 def _mean_loss(logits: jax.Array, batch: Batch, *, shift: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Mean loss, accuracy and number of the tokens that rows 0, 1, ... of the logits predict `shift` tokens ahead."""
-    labels, learnt = batch.tokens[:, shift:], batch.learnt[:, shift:].astype(jnp.float32)
+    labels = jnp.asarray(batch.tokens)[:, shift:]
+    learnt = jnp.asarray(batch.learnt)[:, shift:].astype(jnp.float32)
     logits = logits[:, : labels.shape[1]]
     count = jnp.sum(learnt)
     divisor = jnp.maximum(count, 1.0)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
+import optax  # type: ignore[import-untyped]
 
 from glm_jax.sharding import Weight, axes_of, layer_axis, spec_of
 
@@ -79,7 +79,9 @@ def scale_by_muon(
     def init(params: optax.Params) -> MuonState:
         return MuonState(jax.tree.map(jnp.zeros_like, params))
 
-    def update(gradients: optax.Updates, state: MuonState, params: optax.Params | None = None):
+    def update(
+        gradients: optax.Updates, state: MuonState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, MuonState]:
         del params
         moved = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state.momentum, gradients)
         ahead = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, moved, gradients) if nesterov else moved

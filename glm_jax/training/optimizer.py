@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import optax
+import optax  # type: ignore[import-untyped]
 
 from glm_jax.sharding import weights_by_name
 from glm_jax.training.balance import is_bias

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+import optax  # type: ignore[import-untyped]
 
 from glm_jax.layers.step import Kernels
 from glm_jax.model import Transformer
@@ -37,7 +37,7 @@ class TrainState:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["loss", "gradient_norm", "imbalance"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
-    """Scalars of one step: the loss and its parts, the norm before clipping, the busiest expert's load over the mean."""
+    """Scalars of one step: the loss, the gradient's norm before clipping, the busiest expert's load over the mean."""
 
     loss: LossMetrics
     gradient_norm: jax.Array
@@ -75,7 +75,7 @@ def build_step(
     """
     kernels = kernels or Kernels()
 
-    def loss(model: Transformer, batch: Batch):
+    def loss(model: Transformer, batch: Batch) -> tuple[jax.Array, tuple[LossMetrics, dict[str, jax.Array]]]:
         mtp = model.mtp is not None and mtp_weight > 0
         output = forward(model, jnp.asarray(batch.tokens), mtp=mtp, kernels=kernels, routing=True)
         metrics = language_model_loss(output, batch, mtp_weight=mtp_weight)

@@ -22,12 +22,15 @@ TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", 
 SHARD_BYTES = 300_000  # makes several shards of the checkpoint above
 
 
-def write_checkpoint(directory: Path, config: ModelConfig = CONFIG, *, text: bool = True) -> Path:
+def write_checkpoint(
+    directory: Path, config: ModelConfig = CONFIG, *, text: bool = True, router_bias: str = "F32"
+) -> Path:
     """Writes a checkpoint with random weights (the same for the same configuration) and, if asked, its text files."""
     rng = np.random.default_rng(0)
     directory.mkdir(parents=True)
     slots = canonical_slots(config)
-    plan = [TensorSpec(name, "F32" if name.endswith("bias") else "BF16", slot.shape) for name, slot in slots.items()]
+    dtypes = {name: router_bias if name.endswith("e_score_correction_bias") else "BF16" for name in slots}
+    plan = [TensorSpec(name, dtypes[name], slot.shape) for name, slot in slots.items()]
     with SafetensorsWriter(directory, plan, max_shard_bytes=SHARD_BYTES) as writer:
         for spec in plan:
             writer.write(spec.name, (rng.standard_normal(spec.shape) * 0.1).astype(NUMPY_DTYPES[spec.dtype]))

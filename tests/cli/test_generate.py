@@ -22,10 +22,8 @@ def expected(orbax) -> list[int]:
 
 
 def contract(model) -> list[str]:
-    return ["generate", "--model", str(model), "--tokens", "5,6,7", "--max_new_tokens", "24", "--temperature", "0"] + [
-        "--ignore_eos",
-        "--json",
-    ]
+    text = f"generate --model {model} --tokens 5,6,7 --max_new_tokens 24 --temperature 0 --ignore_eos --json"
+    return text.split()
 
 
 @pytest.mark.parametrize("fixture", ["orbax", "hf", "bare"])
@@ -101,7 +99,7 @@ def test_dtype(call, orbax):
         (["--tokens=-1"], "prompt 0: token -1 is outside the vocabulary 0..511"),
         (
             ["--tokens=5", "--max_new_tokens=512"],
-            "prompt 0: 1 tokens and 512 new ones exceed the model's 512 positions",
+            "1 tokens and 512 new ones exceed the model's 512 positions",
         ),
         (["--tokens=5", "--max_new_tokens=-3"], "max_new_tokens must be an integer of at least 1, not -3"),
         (["--tokens=5", "--max_new_tokens", "0"], "max_new_tokens must be an integer of at least 1, not 0"),

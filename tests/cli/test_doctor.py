@@ -1,0 +1,76 @@
+"""doctor: the report on the machine, and the checks of a checkpoint."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+
+import jax
+
+from glm_jax.checkpoint.safetensors_dir import INDEX_NAME
+from glm_jax.cli import loading
+from glm_jax.errors import Error
+from tests.cli.checkpoints import write_checkpoint
+
+
+def statuses(report) -> dict[str, str]:
+    return {check["check"]: check["status"] for check in report["checks"]}
+
+
+def test_machine(call):
+    report = call("doctor", "--json").json
+    assert report["ok"] is True
+    assert report["versions"]["python"] == platform.python_version()
+    assert report["versions"]["jax"] == jax.__version__
+    assert set(report["versions"]) >= {"glm_jax", "jaxlib", "flax", "orbax-checkpoint", "numpy"}
+    assert [device["id"] for device in report["devices"]] == [device.id for device in jax.devices()]
+    assert set(report["experts"]) == {"cpu", "gpu", "tpu"}
+    assert all(set(chosen) == {"decode", "prefill"} for chosen in report["experts"].values())
+    table = call("doctor").out
+    assert f"jax               {jax.__version__}\n" in table
+    assert "device 0: cpu (cpu), memory the host's\n" in table
+
+
+def test_whole_checkpoints_pass(call, hf, orbax):
+    for directory in (hf, orbax):
+        report = call("doctor", f"--model={directory}", "--json").json
+        names = ("devices", "checkpoint", "tokenizer", "chat template", "stop tokens", "router bias")
+        assert statuses(report) == dict.fromkeys(names, "ok")
+
+
+def test_what_only_text_needs_is_a_warning(call, bare):
+    report = call("doctor", f"--model={bare}", "--json").json
+    assert report["ok"] is True
+    missing = ("tokenizer", "chat template", "stop tokens")
+    assert {name for name, status in statuses(report).items() if status == "warning"} == set(missing)
+
+
+def test_a_checkpoint_that_does_not_open_is_an_error(call, hf, tmp_path):
+    damaged = shutil.copytree(hf, tmp_path / "damaged")
+    (damaged / INDEX_NAME).write_text("{}")
+    said = call("doctor", f"--model={damaged}")
+    assert said.status == 1
+    assert "error  checkpoint  " in said.out
+    assert call("doctor", f"--model={tmp_path / 'nothing'}").status == 1
+
+
+def test_a_rounded_router_bias_is_found(call, tmp_path):
+    rounded = write_checkpoint(tmp_path / "rounded", text=False, router_bias="BF16")
+    report = call("doctor", f"--model={rounded}", "--json").json
+    assert report["checks"][-1] == {
+        "check": "router bias",
+        "status": "warning",
+        "detail": "stored as bfloat16; rounded, it chooses other experts",
+    }
+    assert call("convert", f"--source={rounded}", f"--target={tmp_path / 'orbax'}").status == 0
+    assert statuses(call("doctor", f"--model={tmp_path / 'orbax'}", "--json").json)["router bias"] == "ok"
+
+
+def test_a_platform_that_does_not_start_is_an_error(call, monkeypatch):
+    def refuse():
+        raise Error("jax finds no devices: no such platform")
+
+    monkeypatch.setattr(loading, "find_devices", refuse)
+    said = call("doctor")
+    assert said.status == 1
+    assert "error  devices  jax finds no devices: no such platform\n" in said.out

@@ -1,0 +1,314 @@
+"""A model on many devices is the same model: logits, tokens and MTP on every mesh, and what its compiled steps send."""
+
+from __future__ import annotations
+
+import collections
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import glm_jax
+from glm_jax import Rules, ShardingError
+from glm_jax.layers.dispatch import run_experts
+from glm_jax.layers.experts import IMPLEMENTATIONS
+from glm_jax.layers.step import Kernels
+from glm_jax.model import create_cache
+from glm_jax.sharding import batch_axes, batch_sharding, default_mesh, describe, parse_mesh, weights_by_name
+from tests import decoding, published
+
+MESHES = {"1x8x1": (1, 8, 1), "1x1x8": (1, 1, 8), "2x2x2": (2, 2, 2), "1x4x2": (1, 4, 2), "8x1x1": (8, 1, 1)}
+SHAPE = {"num_hidden_layers": 3, "num_key_value_heads": 8}
+PROMPTS = [[5], [3, 1, 4], list(range(20)), [7] * 9, [100, 2], [64, 32, 16, 8], [1, 2, 3, 4, 5], [9, 8, 7]]
+SETTINGS = {
+    "greedy": {},
+    "sampled": {"temperature": 0.8, "seed": 11},
+    "filtered": {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "seed": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return published.checkpoint(tmp_path_factory.mktemp("hf") / "model", dtype="float32", **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def single(checkpoint, one_device) -> Any:
+    return glm_jax.load(checkpoint, mesh=one_device)
+
+
+@pytest.fixture(scope="module")
+def expected(single) -> dict[str, list[list[int]]]:
+    return {name: glm_jax.generate(single, PROMPTS, max_new_tokens=12, **options) for name, options in SETTINGS.items()}
+
+
+def random_tokens(batch: int, length: int) -> np.ndarray:
+    return np.random.default_rng(batch).integers(0, published.BASE["vocab_size"], (batch, length)).astype(np.int32)
+
+
+def check_equal(sharded: Any, single: Any, tokens: np.ndarray) -> None:
+    left, right = sharded(tokens, mtp=True), single(tokens, mtp=True)
+    for name in ("logits", "mtp_logits"):
+        one, two = np.asarray(getattr(left, name)), np.asarray(getattr(right, name))
+        assert np.abs(one - two).max() <= 1e-4 * two.std(), name
+
+
+# --- the same results -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [8, 3])
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+def test_logits_and_mtp_logits(checkpoint, single, mesh_of_sizes, sizes, batch):
+    model = glm_jax.load(checkpoint, mesh=mesh_of_sizes(sizes), stacked=batch == 8)
+    check_equal(model, single, random_tokens(batch, 9))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 6])
+def test_batches_that_do_not_divide(checkpoint, single, mesh_of_sizes, batch):
+    check_equal(glm_jax.load(checkpoint, mesh=mesh_of_sizes((2, 2, 2)), stacked=True), single, random_tokens(batch, 9))
+
+
+def test_two_kv_heads_on_two_tensor_devices(tmp_path, one_device, mesh_of_sizes):
+    source = published.checkpoint(tmp_path / "hf", dtype="float32", num_hidden_layers=2)
+    one, many = (glm_jax.load(source, mesh=mesh, stacked=True) for mesh in (one_device, mesh_of_sizes((1, 4, 2))))
+    check_equal(many, one, random_tokens(4, 9))
+
+
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("setting", ["greedy", "filtered"])
+def test_generated_tokens(checkpoint, expected, mesh_of_sizes, sizes, setting):
+    model = glm_jax.load(checkpoint, mesh=mesh_of_sizes(sizes))
+    assert glm_jax.generate(model, PROMPTS, max_new_tokens=12, **SETTINGS[setting]) == expected[setting]
+
+
+def test_sampled_tokens_of_a_batch_that_does_not_divide(checkpoint, single, mesh_of_sizes):
+    model = glm_jax.load(checkpoint, mesh=mesh_of_sizes((2, 2, 2)))
+    one, many = (glm_jax.generate(m, PROMPTS[:3], max_new_tokens=12, **SETTINGS["sampled"]) for m in (single, model))
+    assert one == many
+
+
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "unrolled"])
+def test_prefill_and_decode_on_a_mesh_equal_the_whole_pass(checkpoint, single, mesh_of_sizes, stacked):
+    model = glm_jax.load(checkpoint, mesh=mesh_of_sizes((2, 2, 2)), stacked=stacked)
+    tokens = random_tokens(4, 10)
+    reference = np.asarray(single(tokens).logits)
+    logits = decoding.teacher_forced(model, tokens, np.array([1, 4, 9, 6]))
+    assert np.abs(logits - reference).max() <= 1e-4 * reference.std()
+
+
+# --- what does not fit ----------------------------------------------------------------------------------------------
+
+
+def test_kv_heads_that_do_not_divide_are_refused(tmp_path, mesh_of_sizes):
+    source = published.checkpoint(tmp_path / "hf")
+    words = r"attention\.k: kv_heads = 2 does not divide over mesh axis tensor = 8 \(mesh data=1,expert=1,tensor=8\)"
+    with pytest.raises(ShardingError, match=words) as caught:
+        glm_jax.load(source, mesh=mesh_of_sizes((1, 1, 8)))
+    assert "sizes that do: 1, 2" in str(caught.value) and "more weights" in str(caught.value)
+
+
+def test_experts_that_do_not_divide_are_refused(tmp_path, mesh_of_sizes):
+    source = published.checkpoint(tmp_path / "hf", n_routed_experts=6)
+    with pytest.raises(ShardingError, match=r"expert = 6 does not divide over mesh axis expert = 8 .*: 1, 2, 3, 6"):
+        glm_jax.load(source, mesh=mesh_of_sizes((1, 8, 1)))
+
+
+def test_the_expert_width_of_air_divides_over_eight(mesh_of_sizes):
+    config = glm_jax.configs.get("glm-4.5-air")
+    abstract = glm_jax.Transformer(config)
+    specs = glm_jax.sharding.shardings(abstract, mesh_of_sizes((1, 1, 8)))
+    assert specs["moe.moe.experts.gate_up"].shard_shape((45, 128, 2, 1408, 4096)) == (45, 128, 2, 176, 4096)
+
+
+@pytest.mark.parametrize(
+    "text", ["data=0", "tensor=16", "data", "model=2", "data=1,data=2", "tensor=-1", "tensor=1.5", "expert=²"]
+)
+def test_meshes_that_cannot_be_are_refused(text):
+    with pytest.raises(ShardingError) as caught:
+        parse_mesh(text)
+    assert "\n" not in str(caught.value) and "mesh" in str(caught.value)
+
+
+def test_a_mesh_is_written_as_it_is_read():
+    assert describe(parse_mesh("tensor=2, expert=4")) == "data=1,expert=4,tensor=2"
+    assert describe(default_mesh(glm_jax.configs.get("tiny-glm"))) == "data=1,expert=8,tensor=1"
+    assert describe(default_mesh(glm_jax.configs.get("glm-4.5"))) == "data=1,expert=8,tensor=1"
+
+
+# --- rules ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        (Rules(expert=("tensor",)), r"experts\..*: mesh axis tensor would split two of its axes"),
+        (Rules(mlp=("expert",)), r"experts\..*: mesh axis expert would split two of its axes"),
+        (Rules(heads=("modal",)), "modal"),
+        (Rules(batch=("modal",)), "modal"),
+        (Rules(heads=("tensor", "tensor")), "tensor"),
+    ],
+)
+def test_rules_that_collide_or_name_no_axis_are_refused(checkpoint, mesh_of_sizes, rules, words):
+    with pytest.raises(ShardingError, match=words) as caught:
+        glm_jax.load(checkpoint, mesh=mesh_of_sizes((1, 2, 4)), rules=rules)
+    assert "\n" not in str(caught.value)
+
+
+OWN_RULES = {
+    "replicated-vocab": Rules(vocab=()),
+    "experts-over-two-axes": Rules(expert=("expert", "tensor"), mlp=()),
+    "no-tensor-parallel-attention": Rules(heads=(), kv_heads=()),
+    "experts-over-data": Rules(expert=("data", "expert")),
+    "batch-over-data-only": Rules(batch=("data",)),
+    "heads-over-two-axes": Rules(batch=("data",), heads=("expert", "tensor"), kv_heads=("expert", "tensor")),
+    "replicated": Rules(batch=(), heads=(), kv_heads=(), expert=(), mlp=(), vocab=()),
+}
+
+
+@pytest.mark.parametrize("rules", OWN_RULES.values(), ids=OWN_RULES)
+def test_own_rules_give_the_same_logits_and_tokens(checkpoint, single, mesh_of_sizes, rules):
+    model = glm_jax.load(checkpoint, mesh=mesh_of_sizes((2, 2, 2)), rules=rules, stacked=True)
+    check_equal(model, single, random_tokens(8, 9))
+    one, many = (glm_jax.generate(m, PROMPTS[:4], max_new_tokens=3) for m in (single, model))
+    assert one == many
+
+
+def test_rules_place_the_weights(checkpoint, mesh_of_sizes):
+    rules = Rules(expert=("expert", "tensor"), mlp=())
+    weights = weights_by_name(glm_jax.load(checkpoint, mesh=mesh_of_sizes((1, 4, 2)), rules=rules, stacked=True))
+    assert weights["moe.moe.experts.down"][...].sharding.spec == PartitionSpec(None, ("expert", "tensor"), None, None)
+    shards = weights["moe.moe.experts.down"][...].addressable_shards
+    assert {shard.data.shape for shard in shards} == {(2, 1, 64, 32)}
+
+
+# --- what is sent and what is copied --------------------------------------------------------------------------------
+
+KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
+COLLECTIVE = re.compile(rf"= (\(.*?\)|\S+) ({KINDS})(?:-start)?\(")
+ARRAY = re.compile(r"[a-z]\w*\[([0-9,]*)\]")
+
+
+def compiled_step(model: Any, batch: int, room: int, *, length: int = 1, kernels: Kernels | None = None) -> Any:
+    """One compiled step of `length` tokens a sequence over a cache, and the bytes of the cache on one device."""
+    with jax.set_mesh(model.mesh):
+        cache = create_cache(model, batch, room)
+        tokens = jax.device_put(np.zeros((batch, length), np.int32), batch_sharding(batch, model.mesh))
+        options = {"fresh": length > 1, "kernels": kernels or Kernels()}
+        compiled = decoding.run.lower(model, tokens, tokens, cache, **options).compile()
+    return compiled, sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(cache))
+
+
+def collectives(compiled: Any) -> list[tuple[str, int]]:
+    """Every collective of a program: its kind and the elements of the largest array that it makes."""
+    found = []
+    for result, kind in COLLECTIVE.findall(compiled.as_text()):
+        shapes = [[int(n) for n in dims.split(",") if n] for dims in ARRAY.findall(result)]
+        found.append((kind, max(int(np.prod(shape)) for shape in shapes)))
+    return found
+
+
+@pytest.mark.parametrize("implementation", ["switch", "dense"])
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+def test_a_decode_step_sends_tokens_and_no_weights(checkpoint, mesh_of_sizes, sizes, implementation):
+    """Each MoE layer gathers tokens, choices and weights over the expert axis and sums results; nothing else moves."""
+    model = glm_jax.load(checkpoint, mesh=mesh_of_sizes(sizes))
+    compiled, _ = compiled_step(model, 8, 64, kernels=Kernels(experts=implementation))
+    sent = collectives(compiled)
+    counts = collections.Counter(kind for kind, _ in sent)
+    layers, moe = 3, 2
+    assert set(counts) <= {"all-gather", "all-reduce", "reduce-scatter"}, counts
+    assert counts["all-gather"] <= 4 * moe and counts["reduce-scatter"] <= moe, counts
+    assert counts["all-reduce"] <= 2 * layers + moe, counts
+    assert max(elements for _, elements in sent) <= 8 * published.BASE["hidden_size"], sent
+    smallest = min(np.prod(w[...].shape) for n, w in weights_by_name(model).items() if w[...].ndim > 1 and "router" not in n)
+    assert smallest > 8 * published.BASE["hidden_size"]
+
+
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "unrolled"])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)], ids=lambda sizes: "x".join(map(str, sizes)))
+def test_a_decode_step_writes_the_cache_in_place(checkpoint, mesh_of_sizes, sizes, stacked):
+    model = glm_jax.load(checkpoint, mesh=mesh_of_sizes(sizes), stacked=stacked)
+    compiled, cache_bytes = compiled_step(model, 8, 512)
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == cache_bytes
+    assert memory.temp_size_in_bytes < cache_bytes / 2
+
+
+def test_a_prefill_writes_the_cache_in_place(checkpoint, mesh_of_sizes):
+    compiled, cache_bytes = compiled_step(glm_jax.load(checkpoint, mesh=mesh_of_sizes((2, 2, 2))), 8, 512, length=16)
+    assert compiled.memory_analysis().alias_size_in_bytes == cache_bytes
+
+
+# --- the implementations of the experts -----------------------------------------------------------------------------
+
+
+def routed_tokens(tokens: int, *, experts: int = 8, choices: int = 3, seed: int = 0) -> tuple[np.ndarray, ...]:
+    """Tokens [8, T/8 or so, D] with choices that leave experts idle, and others crowded."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(tokens, 1, 16)).astype(np.float32)
+    crowded = np.stack([rng.permutation(experts if seed % 2 else 4)[:choices] for _ in range(tokens)])
+    weights = rng.uniform(0, 1, (tokens, 1, choices)).astype(np.float32)
+    gate_up = rng.normal(size=(experts, 2, 24, 16)).astype(np.float32) / 4
+    down = rng.normal(size=(experts, 16, 24)).astype(np.float32) / 4
+    return x, crowded[:, None].astype(np.int32), weights, gate_up, down
+
+
+def by_numpy(x: np.ndarray, ids: np.ndarray, weights: np.ndarray, gate_up: np.ndarray, down: np.ndarray) -> np.ndarray:
+    result = np.zeros(x.shape, np.float64)
+    for at in np.ndindex(ids.shape):
+        gate, up = gate_up[ids[at]].astype(np.float64) @ x[at[:2]]
+        result[at[:2]] += weights[at] * (down[ids[at]].astype(np.float64) @ (gate / (1 + np.exp(-gate)) * up))
+    return result
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 64])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_implementations_agree_on_one_device(name, tokens):
+    for seed in range(2):
+        x, ids, weights, gate_up, down = routed_tokens(tokens, seed=seed)
+        run = jax.jit(lambda *a: run_experts(*a[:3], gate_up=a[3], down=a[4], experts=IMPLEMENTATIONS[name]))
+        out = run(x, ids, weights, gate_up, down)
+        np.testing.assert_allclose(out, by_numpy(x, ids, weights, gate_up, down), atol=2e-5)
+
+
+@pytest.mark.parametrize("sizes", [*MESHES.values(), (1, 1, 1)], ids=[*MESHES, "1x1x1"])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_implementations_agree_in_a_shard_map(name, mesh_of_sizes, sizes):
+    mesh = mesh_of_sizes(sizes)
+    x, ids, weights, gate_up, down = routed_tokens(16)
+
+    def placed(array: np.ndarray, *spec: Any) -> jax.Array:
+        return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    with jax.set_mesh(mesh):
+        batch = batch_axes(16, mesh)
+        arrays = [placed(array, batch) for array in (x, ids, weights)]
+        arrays += [placed(gate_up, "expert", None, "tensor"), placed(down, "expert", None, "tensor")]
+        run = jax.jit(lambda *a: run_experts(*a[:3], gate_up=a[3], down=a[4], experts=IMPLEMENTATIONS[name]))
+        out = run(*arrays)
+    assert out.sharding.spec[0] == batch
+    np.testing.assert_allclose(out, by_numpy(x, ids, weights, gate_up, down), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_experts_elsewhere_add_nothing(name):
+    """A device sees ids below 0 and above its own experts: they are others' work."""
+    x, ids, weights, gate_up, down = routed_tokens(16, seed=1)
+    away = np.where(np.arange(3) == 1, ids + 100, np.where(np.arange(3) == 2, ids - 100, ids))
+    options = {"gate_up": jnp.asarray(gate_up), "down": jnp.asarray(down), "experts": IMPLEMENTATIONS[name]}
+    out = run_experts(jnp.asarray(x), jnp.asarray(away), jnp.asarray(weights), **options)
+    np.testing.assert_allclose(out, by_numpy(x, ids[..., :1], weights[..., :1], gate_up, down), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_whole_model_with_each_implementation(checkpoint, single, mesh_of_sizes, name):
+    tokens = random_tokens(8, 9)
+    model = glm_jax.load(checkpoint, mesh=mesh_of_sizes((1, 4, 2)), stacked=True)
+    reference = np.asarray(single(tokens).logits)
+    logits = np.asarray(model(tokens, kernels=Kernels(experts=name)).logits)
+    assert np.abs(logits - reference).max() <= 1e-4 * reference.std()

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_jax import configs
+from glm_jax.layers.step import Kernels
+from glm_jax.model import Output, Transformer
+from glm_jax.training import Batch, OptimizerConfig, build_optimizer, build_step, create_state, place
+from glm_jax.training.balance import expert_loads, imbalance, move_biases
+from glm_jax.training.optimizer import ADAM, FROZEN, MUON, PLAIN_ADAM, kinds, schedule
+from glm_jax.training.step import values_by_name
+
+TINY = dataclasses.replace(configs.get("tiny-glm"), num_layers=2)
+OPTIMIZER = OptimizerConfig(muon_rate=0.01, adam_rate=3e-3, steps=20, warmup_steps=1)
+REAL = np.arange(16) < np.array([16, 16, 16, 16, 12, 12, 9, 5])[:, None]
+TOKENS = np.random.default_rng(0).integers(0, 64, (8, 16)).astype(np.int32)
+BATCH = Batch(np.where(REAL, TOKENS, 0).astype(np.int32), REAL, REAL)
+
+
+def train(mesh, steps, *, stacked=True, bias_rate=0.01):
+    """The state after some steps on one batch, and the loss of each."""
+    model = Transformer.create(TINY, mesh=mesh, dtype=jnp.float32, stacked=stacked)
+    optimizer = build_optimizer(model, OPTIMIZER)
+    step = build_step(optimizer, bias_rate=bias_rate, kernels=Kernels(experts="dense"))
+    state, losses = create_state(model, optimizer), []
+    with jax.set_mesh(mesh):
+        batch = place(BATCH, mesh)
+        for _ in range(steps):
+            state, metrics = step(state, batch)
+            losses.append(float(metrics.loss.loss))
+    return state, losses
+
+
+@pytest.fixture(scope="module")
+def on_one_device(one_device):
+    return train(one_device, 4)
+
+
+def test_steps_lower_the_loss(on_one_device):
+    state, losses = on_one_device
+    assert losses[-1] < losses[0] - 0.3
+    assert int(state.step) == 4
+
+
+def test_a_split_model_trains_alike(mesh_of_sizes, on_one_device):
+    state, losses = on_one_device
+    split, split_losses = train(mesh_of_sizes((2, 2, 2)), 4)
+    np.testing.assert_allclose(split_losses, losses, rtol=2e-5)
+    expected = values_by_name(state.model)
+    for name, value in values_by_name(split.model).items():
+        # Adam divides by the gradient's own size: where that is near 0, the order of a sum decides.
+        np.testing.assert_allclose(value, expected[name], atol=5e-4, err_msg=name)
+
+
+def test_the_padding_of_a_row_is_not_learnt(one_device, on_one_device):
+    noise = dataclasses.replace(BATCH, tokens=np.where(REAL, BATCH.tokens, 7).astype(np.int32))
+    model = Transformer.create(TINY, mesh=one_device, dtype=jnp.float32, stacked=True)
+    optimizer = build_optimizer(model, OPTIMIZER)
+    step = build_step(optimizer, kernels=Kernels(experts="dense"))
+    with jax.set_mesh(one_device):
+        _, metrics = step(create_state(model, optimizer), noise)
+    assert float(metrics.loss.loss) == pytest.approx(on_one_device[1][0], rel=1e-6)
+
+
+def test_loads_count_the_real_tokens():
+    ids = np.random.default_rng(0).integers(0, 8, (3, 8, 16, 2))
+    zeros = jnp.zeros((8, 16, 4))
+    loads = expert_loads(Output(zeros, zeros, None, jnp.asarray(ids), jnp.asarray(ids[0, :, 1:])), BATCH, experts=8)
+    for layer in range(3):
+        np.testing.assert_array_equal(loads["moe"][layer], np.bincount(ids[layer][REAL].reshape(-1), minlength=8))
+    np.testing.assert_array_equal(loads["mtp"], np.bincount(ids[0, :, 1:][REAL[:, 1:]].reshape(-1), minlength=8))
+    assert float(imbalance({"moe": jnp.asarray([[1.0, 1.0], [3.0, 1.0]])})) == 1.5
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_biases_move_against_the_loads(one_device, stacked):
+    model = Transformer.create(TINY, mesh=one_device, dtype=jnp.float32, stacked=stacked)
+    load = np.array([4, 0, 2, 2, 2, 2, 1, 3], np.float32)
+    moved = values_by_name(move_biases(model, {"moe": jnp.asarray([load]), "mtp": jnp.asarray(load[::-1])}, 0.1))
+    expected = np.float32(0.1) * np.array([-1, 1, 0, 0, 0, 0, 1, -1], np.float32)
+    name = "moe.moe.router.bias" if stacked else "moe.0.moe.router.bias"
+    np.testing.assert_array_equal(moved[name].reshape(-1), expected)
+    np.testing.assert_array_equal(moved["mtp.layer.moe.router.bias"], expected[::-1])
+
+
+def test_every_weight_has_its_optimizer():
+    found = kinds(Transformer(TINY), OPTIMIZER)
+    assert found["embedding.weight"] == ADAM
+    assert found["head.weight"] == found["moe.moe.router.weight"] == found["mtp.projection"] == MUON
+    assert found["moe.attention.q_bias"] == found["final_norm.scale"] == PLAIN_ADAM
+    assert [name for name, kind in found.items() if kind == FROZEN] == [n for n in found if n.endswith("router.bias")]
+
+
+def test_the_schedule_warms_up_and_falls_to_its_end():
+    rate = schedule(OptimizerConfig(steps=100, warmup_steps=10, final_fraction=0.1))
+    np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(55), rate(100)], [0, 0.5, 1, 0.55, 0.1], atol=1e-6)
