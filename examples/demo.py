@@ -2,8 +2,8 @@
 
     make demo        or, with glm_jax installed, python examples/demo.py [DIRECTORY OF A HUGGING FACE CHECKPOINT]
 
-The bundled model is small and has the architecture of GLM-4.5. It has learnt three things: running sums of digits, where a
-ball is after cups were swapped, and when to ask a calculator.
+The bundled model is small and has the architecture of GLM-4.5. It has learnt three things: running sums of digits,
+where a ball is after cups were swapped, and when to ask a calculator.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ import jax
 
 import glm_jax
 from glm_jax.inference import Sampling
-from glm_jax.serving import Chat, ChatEvent, Finished, Generation, Reply
-from glm_jax.serving.chat import collect
+from glm_jax.serving import ChatEvent, Finished, Generation, Reply, collect
 from glm_jax.sharding import describe
 from glm_jax.text import ReasoningDelta, ToolCall
 
@@ -50,7 +49,7 @@ def main(checkpoint: Path = BUNDLED) -> None:
         print(f"{report.tensors} tensors, {report.nbytes / 1e6:.1f} MB in {report.seconds:.1f} s")
 
         headline("Load onto a mesh")
-        chat = Chat(Path(scratch, "orbax"))
+        chat = glm_jax.Chat(Path(scratch, "orbax"))
         counts = glm_jax.count_parameters(chat.model.config)
         print(f"{counts.total:,} parameters, {counts.active:,} of them active for a token")
         print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {describe(chat.model.mesh)}")

@@ -6,6 +6,7 @@ Names are imported when first used, so that `import glm_jax` and `glm_jax.config
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from glm_jax import configs
@@ -13,16 +14,19 @@ from glm_jax.errors import CheckpointError, ConfigError, Error, InputError, Shar
 from glm_jax.version import VERSION
 
 if TYPE_CHECKING:
-    from glm_jax.checkpoint import convert, export, load
+    from jax.sharding import Mesh
+
+    from glm_jax import serving
+    from glm_jax.checkpoint.convert import convert
+    from glm_jax.checkpoint.export import export
+    from glm_jax.checkpoint.load import load
     from glm_jax.inference import generate
     from glm_jax.model import Transformer, count_parameters
-    from glm_jax.serving import Chat
     from glm_jax.sharding import Rules, make_mesh
 
 __version__ = VERSION
 
 _LAZY = {
-    "Chat": "glm_jax.serving",
     "Rules": "glm_jax.sharding",
     "Transformer": "glm_jax.model",
     "convert": "glm_jax.checkpoint",
@@ -51,6 +55,28 @@ __all__ = [
     "load",
     "make_mesh",
 ]
+
+
+def Chat(checkpoint: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any = None) -> serving.Chat:
+    """Open a checkpoint to talk to: text in, text out, in thinking mode or without, with tools.
+
+    It stands here because `glm_jax.serving` knows models, not checkpoints. What is quick to read comes first, so that a
+    missing tokenizer shows before the weights are loaded.
+
+    Args:
+        checkpoint: an Orbax or a Hugging Face directory.
+        mesh: where the weights go; over all devices by default.
+        dtype: of the weights; by default float32 on CPU and bfloat16 elsewhere.
+
+    Raises:
+        TextError: tokenizer, template or stop tokens are missing or unreadable, or are not the model's.
+        CheckpointError, ConfigError, ShardingError: as `glm_jax.load`.
+    """
+    from glm_jax import checkpoint as checkpoints
+    from glm_jax import serving
+
+    text = serving.TextSide.load(checkpoint)
+    return serving.Chat(checkpoints.load(os.fspath(checkpoint), mesh=mesh, dtype=dtype), text)
 
 
 def __getattr__(name: str) -> Any:

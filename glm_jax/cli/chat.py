@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags as absl_flags
 
+import glm_jax
 from glm_jax.cli import printing
-from glm_jax.cli.shared_flags import define_json, define_loading, define_sampling, need
+from glm_jax.cli.shared_flags import define_integer, define_json, define_loading, define_sampling, need
 from glm_jax.errors import Error, InputError
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_string("system", None, "the system message", flag_values=flags)
     absl_flags.DEFINE_boolean("thinking", True, "think before the answer", flag_values=flags)
     text = "at most this many new tokens an answer; by default 4096, or what the positions leave"
-    absl_flags.DEFINE_integer("max_new_tokens", None, text, flag_values=flags)
+    define_integer(flags, "max_new_tokens", None, text)
     define_sampling(flags)
     define_json(flags)
 
@@ -44,15 +45,13 @@ def run(flags: absl_flags.FlagValues) -> dict[str, Any]:
     from glm_jax.checkpoint import open_source
     from glm_jax.cli.loading import chosen_dtype, chosen_mesh
     from glm_jax.inference import Sampling
-    from glm_jax.serving import Chat
 
     settings = {name: getattr(flags, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
     given = {name: value for name, value in settings.items() if value is not None}
     Sampling(**{"max_new_tokens": 1, **given})  # refuses what is out of range before the weights are loaded
     mesh = chosen_mesh(flags, open_source(flags.model).config)
-    conversation = Conversation(
-        Chat(flags.model, mesh=mesh, dtype=chosen_dtype(flags)), flags.system, thinking=flags.thinking, settings=given
-    )
+    chat = glm_jax.Chat(flags.model, mesh=mesh, dtype=chosen_dtype(flags))
+    conversation = Conversation(chat, flags.system, thinking=flags.thinking, settings=given)
     if flags.message is None:
         conversation.hold()
         return {}
@@ -87,7 +86,7 @@ class Conversation:
 
     def answer(self, text: str, *, show: bool) -> Reply:
         """The answer to a user's message, which joins the conversation with it; shown as it comes."""
-        from glm_jax.serving.chat import collect
+        from glm_jax.serving import collect
 
         messages = [*self.messages, {"role": "user", "content": text}]
         events = self._chat.stream(messages, thinking=self.thinking, **self._settings)

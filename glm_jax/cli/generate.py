@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags as absl_flags
 
 from glm_jax.cli import printing
-from glm_jax.cli.shared_flags import define_json, define_loading, define_sampling, need
+from glm_jax.cli.shared_flags import define_integer, define_json, define_loading, define_sampling, need
 from glm_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     define_loading(flags)
     absl_flags.DEFINE_string("tokens", None, "the prompt as token ids: 5,6,7", flag_values=flags)
     absl_flags.DEFINE_string("prompt", None, "the prompt as text", flag_values=flags)
-    absl_flags.DEFINE_integer("max_new_tokens", 128, "at most this many new tokens", flag_values=flags)
+    define_integer(flags, "max_new_tokens", 128, "at most this many new tokens")
     define_sampling(flags)
     text = "go on after the checkpoint's stop tokens"
     absl_flags.DEFINE_boolean("ignore_eos", False, text, flag_values=flags)

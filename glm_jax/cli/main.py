@@ -15,8 +15,10 @@ import importlib
 import io
 import json
 import os
+import signal
 import sys
 import textwrap
+import threading
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
@@ -42,13 +44,22 @@ WIDTH = 100
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program on `argv` (by default the process's) and return its exit status."""
-    if argv is None:
-        argv = sys.argv[1:]
-        for stream in (sys.stdin, sys.stdout):
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
+    if argv is not None:
+        return _status(list(argv))
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
+    status = _status(sys.argv[1:])
+    if status in (INTERRUPTED, BROKEN_PIPE):
+        # Programs may still run on the device, and python's exit would take away what they stand on.
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _status(arguments: list[str]) -> int:
     try:
-        status = _dispatch(list(argv))
+        status = _dispatch(arguments)
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
@@ -81,6 +92,7 @@ def _dispatch(arguments: list[str]) -> int:
         print(_verb_help(name, verb, flags))
         return 0
     _parse(name, arguments, flags)
+    _load_libraries()
     with _stdout_kept_for_json(flags.json):
         result = verb.run(flags)
     if flags.json:
@@ -96,6 +108,23 @@ def _parse(name: str, arguments: list[str], flags: absl_flags.FlagValues) -> Non
         raise glm_jax.InputError(f"{_one_line(error)}; see glm-jax {name} --help") from error
     if rest:
         raise glm_jax.InputError(f"{rest[0]!r} is no flag; they are written --flag=value, see glm-jax {name} --help")
+
+
+def _load_libraries() -> None:
+    """Import jax and what stands on it, with Ctrl-C ending the process at once.
+
+    There is nothing to undo yet, and in the middle of their start libraries of machine code lose exceptions, or crash.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    ours = in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        for module in ("glm_jax.checkpoint", "glm_jax.serving"):
+            importlib.import_module(module)
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextlib.contextmanager

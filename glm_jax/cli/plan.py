@@ -6,27 +6,29 @@ scratch space come on top and are not counted. Nothing is loaded and no device i
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from absl import flags as absl_flags
 
 from glm_jax.cli import printing
-from glm_jax.cli.shared_flags import DTYPES, define_json, need
+from glm_jax.cli.shared_flags import DTYPES, define_integer, define_json, define_number, need
 from glm_jax.errors import InputError
 
 GIB = 2**30
 LENGTH = 4096
+MAX_DEVICES = 100_000
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
     """The verb's flags."""
     text = "a known model such as glm-4.5-air, or the directory of a checkpoint"
     absl_flags.DEFINE_string("model", None, text, flag_values=flags)
-    absl_flags.DEFINE_integer("devices", None, "number of devices", flag_values=flags)
-    absl_flags.DEFINE_float("memory", None, "of each device, in GiB", flag_values=flags)
-    absl_flags.DEFINE_integer("batch", 1, "sequences at a time", flag_values=flags)
+    define_integer(flags, "devices", None, "number of devices")
+    define_number(flags, "memory", None, "of each device, in GiB")
+    define_integer(flags, "batch", 1, "sequences at a time")
     text = f"tokens of each sequence, prompt and answer; by default {LENGTH}, or the model's positions"
-    absl_flags.DEFINE_integer("length", None, text, flag_values=flags)
+    define_integer(flags, "length", None, text)
     absl_flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "of weights and cache", flag_values=flags)
     define_json(flags)
 
@@ -36,8 +38,10 @@ def run(flags: absl_flags.FlagValues) -> dict[str, Any]:
     need(flags, "model", "devices", "memory")
     for name in ("devices", "memory", "batch", "length"):
         value = getattr(flags, name)
-        if value is not None and not value > 0:
-            raise InputError(f"--{name} must be above 0, not {value}")
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"--{name} must be above 0, and finite, not {value}")
+    if flags.devices > MAX_DEVICES:
+        raise InputError(f"--devices must be at most {MAX_DEVICES}, not {flags.devices}")
     from glm_jax import checkpoint
     from glm_jax.cli import mesh_plan
     from glm_jax.cli.loading import named_config

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from glm_jax.layers.linear import precision_of
 
+MAX_VECTORS = 16  # queries of a group up to which they are taken one by one on a CPU
 QUERY_BLOCK = 512  # rows of scores held at a time: 96 heads x 512 x 8192 keys in float32 are 1.6 GB a sequence
 
 
@@ -34,11 +35,24 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, last_key: jax.Array) -> 
 
 def _attend_block(q: jax.Array, k: jax.Array, v: jax.Array, last_key: jax.Array) -> jax.Array:
     batch, length, heads, head_dim = q.shape
-    kv_heads, precision = k.shape[1], precision_of(q.dtype)
-    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    kv_heads, group, precision = k.shape[1], heads // k.shape[1], precision_of(q.dtype)
     k, v = k.astype(q.dtype), v.astype(q.dtype)
-    scores = jnp.einsum("btkgh,bksh->bkgts", grouped, k, precision=precision, preferred_element_type=jnp.float32)
+    # The queries of all heads of a group as rows of one matrix, for which keys and values are not repeated.
+    rows = q.reshape(batch, length, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
+    rows = rows.reshape(batch, kv_heads, group * length, head_dim)
+    scores = _scores(rows, k).reshape(batch, kv_heads, group, length, k.shape[2]) * head_dim**-0.5
     seen = jnp.arange(k.shape[2]) <= last_key[:, None, None, :, None]
-    scores = jnp.where(seen, scores * head_dim**-0.5, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    return jnp.einsum("bkgts,bksh->btkgh", weights, v, precision=precision).reshape(q.shape)
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1).astype(q.dtype)
+    weights = weights.reshape(batch, kv_heads, group * length, k.shape[2])
+    out = jnp.matmul(weights, v, precision=precision).reshape(batch, kv_heads, group, length, head_dim)
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
+
+
+def _scores(rows: jax.Array, k: jax.Array) -> jax.Array:
+    """Products of queries [B, K, R, H] with keys [B, K, S, H], float32 [B, K, R, S]."""
+    options = {"precision": precision_of(rows.dtype), "preferred_element_type": jnp.float32}
+    if rows.shape[2] <= MAX_VECTORS and jax.default_backend() == "cpu":
+        # XLA's CPU backend repacks the keys for a product of matrices; a vector at a time it reads them as they are.
+        each = [jnp.einsum("bkh,bksh->bks", rows[:, :, row], k, **options) for row in range(rows.shape[2])]
+        return jnp.stack(each, axis=2)
+    return jnp.matmul(rows, k.swapaxes(2, 3), **options)

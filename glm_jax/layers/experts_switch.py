@@ -31,7 +31,7 @@ STRIP_ROWS = (2, 4, 8)  # buckets multiplied by strips
 STRIP_WIDTH = 16  # columns of the narrowest strip: one 512-bit register of float32
 MAX_STRIPS = 32  # strips of a product: bounds the code that is compiled; the partial sums are 1/32 of the work
 MIN_STRIP_BYTES = 1 << 18  # an expert's matrix below this stays in the cache, copy and all
-PRODUCT_ROWS = (16, 24, 32, 48, 64, 96, 128, 192)  # buckets of copy and product, and so on: two to a doubling
+MAX_FEW_TOKENS = 64  # up to here all strip buckets are compiled
 
 
 def switch_experts(
@@ -81,7 +81,7 @@ def _many_tokens(
     counts = jnp.sum(expert_of_row[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
     starts = jnp.cumsum(counts) - counts
     by_count = jnp.argsort(counts)
-    buckets = _buckets(tokens)
+    buckets = _buckets(tokens, tokens * choices // experts)
     # Rows by expert, with room for the last expert to read a whole bucket.
     rows_by_expert = jnp.pad(jnp.argsort(expert_of_row, stable=True), (0, buckets[-1]))
     weight_of_row = weights_TK.reshape(-1)
@@ -104,14 +104,16 @@ def _many_tokens(
     return total
 
 
-def _buckets(tokens: int) -> tuple[int, ...]:
+def _buckets(tokens: int, mean: int) -> tuple[int, ...]:
     """Row counts that are compiled: an expert of n rows runs in the smallest that holds n. The last holds all tokens.
 
-    Long prompts rarely leave an expert a handful of rows, and each bucket costs compile time: they keep fewer.
+    Powers of two, and one between two of them around the mean rows of an expert, where most experts are. Each costs
+    compile time: long prompts, which rarely leave an expert a handful of rows, go without the smallest.
     """
-    sizes = [*(STRIP_ROWS if tokens <= 64 else STRIP_ROWS[-1:]), *PRODUCT_ROWS]
-    while sizes[-1] < tokens:
-        sizes.append(2 * sizes[-2])
+    powers = [1 << i for i in range(1, max(2, tokens).bit_length() + 1)]
+    between = [3 * power // 4 for power in powers if power > STRIP_ROWS[-1] and mean <= power <= 4 * mean]
+    low = STRIP_ROWS[0] if tokens <= MAX_FEW_TOKENS else STRIP_ROWS[-1]
+    sizes = sorted(size for size in {*powers, *between} if size >= low)
     return tuple(sizes[: next(i for i, rows in enumerate(sizes) if rows >= tokens) + 1])
 
 

@@ -41,7 +41,10 @@ class KvCache:
 
 
 def _scatter(rows: jax.Array, new: jax.Array, positions: jax.Array, layer: jax.Array | None) -> jax.Array:
-    def local(rows, new, positions, layer):
+    def local(rows: jax.Array, new: jax.Array, positions: jax.Array, layer: jax.Array) -> jax.Array:
+        if positions.size == 1:
+            # Twice the same row: XLA turns a scatter of a single one into a choice between two whole caches.
+            new, positions = jnp.repeat(new, 2, axis=1), jnp.repeat(positions, 2, axis=1)
         sequences = jnp.arange(new.shape[0])[:, None]
         new = new.astype(rows.dtype)
         if rows.ndim == 4:

@@ -8,31 +8,22 @@ engine's business.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from jax.sharding import Mesh
-
-from glm_jax.checkpoint import load
-from glm_jax.checkpoint.orbax_source import ASSETS, is_orbax
-from glm_jax.errors import CheckpointError, TextError
+from glm_jax.errors import TextError
 from glm_jax.inference import Sampling
 from glm_jax.model import Transformer
 from glm_jax.serving.generation import Generation, Usage
+from glm_jax.serving.text_side import TextSide
 from glm_jax.text import (
     BrokenCall,
-    ChatTemplate,
     ContentDelta,
     Event,
-    GenerationDefaults,
     ReasoningDelta,
     StreamDecoder,
     StreamParser,
-    Tokenizer,
     ToolCall,
-    load_tokenizer,
 )
 
 MAX_NEW_TOKENS = 4096  # where the caller names no number; the cache is made for it
@@ -100,56 +91,21 @@ class Reply:
 
 
 class Chat:
-    """A model that one talks to.
+    """A model that one talks to. `glm_jax.Chat` opens one from a checkpoint directory.
 
     Args:
-        checkpoint: an Orbax or a Hugging Face directory; or a model, with `tokenizer`, `template` and `defaults`.
-        mesh: where the weights go; over all devices by default.
-        dtype: of the weights; by default float32 on CPU and bfloat16 elsewhere.
-        tokenizer: instead of the checkpoint's.
-        template: instead of the checkpoint's.
-        defaults: stop tokens and sampling settings, instead of the checkpoint's.
-
-    Attributes:
-        model: the model.
-        tokenizer: its tokenizer.
-        template: its chat template.
-        defaults: its stop tokens and recommended sampling.
+        model: on its mesh.
+        text: the tokenizer, template and settings that the model was trained with.
 
     Raises:
-        TextError: tokenizer, template or stop tokens are missing or unreadable, or are not the model's.
-        CheckpointError, ConfigError, ShardingError: as `glm_jax.load`.
+        TextError: the tokenizer has ids that the model does not know.
     """
 
-    def __init__(
-        self,
-        checkpoint: str | os.PathLike[str] | Transformer,
-        *,
-        mesh: Mesh | None = None,
-        dtype: Any = None,
-        tokenizer: Tokenizer | None = None,
-        template: ChatTemplate | None = None,
-        defaults: GenerationDefaults | None = None,
-    ) -> None:
-        # What is quick to read comes first, so that what is missing shows before the weights are loaded.
-        if isinstance(checkpoint, Transformer):
-            if tokenizer is None or template is None or defaults is None:
-                raise TextError("a model alone has no text side: pass tokenizer, template and defaults with it")
-        else:
-            directory = text_directory(checkpoint)
-            tokenizer = load_tokenizer(directory) if tokenizer is None else tokenizer
-            template = ChatTemplate.load(directory) if template is None else template
-            defaults = GenerationDefaults.load(directory) if defaults is None else defaults
-        if not defaults.stop_ids:
-            raise TextError(f"{_shown(checkpoint)}: names no stop tokens (eos_token_id in generation_config.json)")
-        if not isinstance(checkpoint, Transformer):
-            checkpoint = load(Path(checkpoint), mesh=mesh, dtype=dtype)
-        if tokenizer.vocab_size > checkpoint.config.vocab_size:
-            raise TextError(
-                f"the tokenizer has {tokenizer.vocab_size} ids, the model {checkpoint.config.vocab_size}: "
-                "they do not belong together"
-            )
-        self.model, self.tokenizer, self.template, self.defaults = checkpoint, tokenizer, template, defaults
+    def __init__(self, model: Transformer, text: TextSide) -> None:
+        self.model, self.text = model, text
+        known, size = model.config.vocab_size, text.tokenizer.vocab_size
+        if size > known:
+            raise TextError(f"the tokenizer has {size} ids, the model {known}: they do not belong together")
 
     def stream(
         self,
@@ -181,17 +137,17 @@ class Chat:
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        text = self.template.render(messages, tools=tools, enable_thinking=thinking)
-        prompt = self.tokenizer.encode(text)
+        text = self.text.template.render(messages, tools=tools, enable_thinking=thinking)
+        prompt = self.text.tokenizer.encode(text)
         if max_new_tokens is None:
             max_new_tokens = max(1, min(MAX_NEW_TOKENS, self.model.config.max_positions - len(prompt)))
         sampling = Sampling(
             max_new_tokens=max_new_tokens,
-            temperature=_first(temperature, self.defaults.temperature, 0.0),
-            top_k=_first(top_k, self.defaults.top_k, 0),
-            top_p=_first(top_p, self.defaults.top_p, 1.0),
+            temperature=_first(temperature, self.text.defaults.temperature, 0.0),
+            top_k=_first(top_k, self.text.defaults.top_k, 0),
+            top_p=_first(top_p, self.text.defaults.top_p, 1.0),
             seed=seed,
-            stop=self.defaults.stop_ids,
+            stop=self.text.defaults.stop_ids,
         )
         # With thinking off the prompt ends after </think>, so that the answer begins at once. Other templates open the
         # thoughts themselves. Only the prompt's end counts: a user may write these tags too.
@@ -203,7 +159,7 @@ class Chat:
         return Generation(self.model, prompt, sampling)
 
     def _events(self, generation: Generation, parser: StreamParser) -> Iterator[ChatEvent]:
-        decoder = StreamDecoder(self.tokenizer, skip_special=True)
+        decoder = StreamDecoder(self.text.tokenizer, skip_special=True)
         calls = 0
         for text in self._texts(generation, decoder):
             for event in parser.push(text):
@@ -241,21 +197,5 @@ def collect(events: Iterator[ChatEvent]) -> Reply:
     raise ValueError("the events end without Finished")
 
 
-def text_directory(checkpoint: str | os.PathLike[str]) -> Path:
-    """The directory with a checkpoint's tokenizer, template and generation settings.
-
-    Raises:
-        CheckpointError: there is no such checkpoint directory.
-    """
-    path = Path(checkpoint)
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not a directory; a checkpoint is an Orbax or a Hugging Face directory")
-    return path / ASSETS if is_orbax(path) else path
-
-
 def _first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
-
-
-def _shown(checkpoint: Any) -> str:
-    return "the model" if isinstance(checkpoint, Transformer) else os.fspath(checkpoint)

@@ -9,7 +9,7 @@ import pytest
 
 import glm_jax
 from glm_jax.cli import chat as verb
-from glm_jax.serving import Chat, Finished, Usage
+from glm_jax.serving import Finished, Usage
 from glm_jax.text import ContentDelta, ReasoningDelta, ToolCall
 
 ONE = "--mesh=data=1"
@@ -91,7 +91,7 @@ def test_thoughts_are_dim_on_a_terminal_and_calls_are_on_lines_of_their_own(caps
 
 
 def test_one_message(call, orbax):
-    expected = Chat(orbax, mesh=glm_jax.make_mesh())("hi", thinking=False, max_new_tokens=20)
+    expected = glm_jax.Chat(orbax, mesh=glm_jax.make_mesh())("hi", thinking=False, max_new_tokens=20)
     flags = ["--message=hi", "--nothinking", "--max_new_tokens=20", ONE]
     said = call("chat", f"--model={orbax}", *flags)
     assert said.out.strip() == expected.content

@@ -70,10 +70,12 @@ def test_plan_of_a_checkpoint(call, orbax):
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        (["--devices=0"], "--devices must be above 0, not 0"),
-        (["--memory=-1"], "--memory must be above 0, not -1.0"),
-        (["--memory=nan"], "--memory must be above 0, not nan"),
-        (["--batch=0"], "--batch must be above 0, not 0"),
+        (["--devices=0"], "--devices must be above 0, and finite, not 0"),
+        (["--memory=-1"], "--memory must be above 0, and finite, not -1.0"),
+        (["--memory=nan"], "--memory must be above 0, and finite, not nan"),
+        (["--memory=inf"], "--memory must be above 0, and finite, not inf"),
+        (["--devices=1000000000000"], "--devices must be at most 100000, not 1000000000000"),
+        (["--batch=0"], "--batch must be above 0, and finite, not 0"),
         (["--length=2000"], "--length 2000 exceeds the model's 1024 positions"),
     ],
 )

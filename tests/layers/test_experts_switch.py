@@ -150,8 +150,9 @@ def test_experts_over_devices_sum_to_all_experts(tokens):
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 8, 63, 64, 65, 192, 193, 512, 4097])
-def test_buckets_grow_and_the_last_holds_all_tokens(tokens):
-    buckets = experts_switch._buckets(tokens)
+@pytest.mark.parametrize("mean", [0, 1, 16, 64, 5000])
+def test_buckets_grow_and_the_last_holds_all_tokens(tokens, mean):
+    buckets = experts_switch._buckets(tokens, mean)
     assert list(buckets) == sorted(set(buckets))
     assert buckets[-1] >= tokens
     assert len(buckets) == 1 or buckets[-2] < tokens

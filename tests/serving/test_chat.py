@@ -8,9 +8,9 @@ import pytest
 
 import glm_jax
 from glm_jax import Transformer
+from glm_jax.checkpoint.orbax_source import ASSETS
 from glm_jax.inference import Sampling
-from glm_jax.serving import Chat, Finished, Generation, Usage
-from glm_jax.serving.chat import collect
+from glm_jax.serving import Chat, Finished, Generation, TextSide, Usage, collect, text_directory
 from glm_jax.text import (
     BrokenCall,
     ChatTemplate,
@@ -24,7 +24,7 @@ from scripts.demo_tasks import CALCULATOR
 from tests.cli.checkpoints import CONFIG, write_checkpoint
 from tests.house.tree import ROOT
 
-TEXT_FILES = ROOT / "examples" / "demo_model"
+TEXT = TextSide.load(ROOT / "examples" / "demo_model")
 CALL = "<tool_call>calculator\n<arg_key>expression</arg_key>\n<arg_value>12*34</arg_value>\n</tool_call>"
 THOUGHTS = "\n<think>Use the calculator.</think>\n"
 
@@ -53,19 +53,14 @@ class ScriptedChat(Chat):
     """A chat whose model has no weights and writes `text`, then the token `end` (None: it is cut off)."""
 
     def __init__(self, text: str, end: str | None = "<|user|>", *, step: int = 3, **changes):
-        parts = {
-            "tokenizer": load_tokenizer(TEXT_FILES),
-            "template": ChatTemplate.load(TEXT_FILES),
-            "defaults": GenerationDefaults.load(TEXT_FILES),
-        }
-        super().__init__(Transformer(CONFIG), **{**parts, **changes})
-        self.text, self.end, self.step = text, end, step
+        super().__init__(Transformer(CONFIG), dataclasses.replace(TEXT, **changes))
+        self.script, self.end, self.step = text, end, step
         self.prompt = ""
         self.sampling = Sampling(max_new_tokens=1)
 
     def _generate(self, prompt, sampling):
-        self.prompt, self.sampling = self.tokenizer.decode(prompt), sampling
-        tokens = self.tokenizer.encode(self.text + (self.end or ""))
+        self.prompt, self.sampling = self.text.tokenizer.decode(prompt), sampling
+        tokens = self.text.tokenizer.encode(self.script + (self.end or ""))
         return Scripted(tokens, stopped=self.end is not None, step=self.step)
 
 
@@ -151,7 +146,7 @@ def test_events_do_not_depend_on_how_many_tokens_come_at_once(step, thinking):
 
 def test_usage():
     usage = ScriptedChat("abc", step=1)("a").usage
-    assert usage.completion_tokens == len(load_tokenizer(TEXT_FILES).encode("abc<|user|>"))
+    assert usage.completion_tokens == len(TEXT.tokenizer.encode("abc<|user|>"))
     assert (usage.prompt_tokens, usage.total_tokens) == (7, 7 + usage.completion_tokens)
     assert usage.prefill_tokens_per_second == 14
     assert usage.decode_tokens_per_second == (usage.completion_tokens - 1) / 2
@@ -164,7 +159,7 @@ def test_sampling_is_what_the_caller_says_then_what_the_checkpoint_says():
     chat("a", max_new_tokens=5)
     assert chat.sampling == Sampling(max_new_tokens=5, temperature=0.6, top_p=0.95, stop=(3,))
     chat("a", temperature=0.0, top_k=4, top_p=0.5, seed=9)
-    room = CONFIG.max_positions - len(chat.tokenizer.encode(chat.prompt))
+    room = CONFIG.max_positions - len(chat.text.tokenizer.encode(chat.prompt))
     assert chat.sampling == Sampling(max_new_tokens=room, temperature=0.0, top_k=4, top_p=0.5, seed=9, stop=(3,))
 
 
@@ -183,21 +178,16 @@ def test_bad_requests_are_refused_before_the_first_event(messages, settings, err
 
 
 def test_a_conversation_longer_than_the_positions(tmp_path):
-    chat = Chat(write_checkpoint(tmp_path / "hf"), mesh=glm_jax.make_mesh())
+    chat = glm_jax.Chat(write_checkpoint(tmp_path / "hf"), mesh=glm_jax.make_mesh())
     with pytest.raises(glm_jax.InputError, match="exceed the model's 512 positions"):
         chat.stream("1 2 " * 300)
 
 
 def test_parts_that_are_missing_or_do_not_belong_together(tmp_path):
-    with pytest.raises(glm_jax.TextError, match="pass tokenizer, template and defaults"):
-        Chat(Transformer(CONFIG))
-    with pytest.raises(
-        glm_jax.TextError, match="has 512 ids, the model 100: they do not belong"
-    ):
-        model = Transformer(dataclasses.replace(CONFIG, vocab_size=100))
-        Chat(model, **{name: getattr(ScriptedChat(""), name) for name in ("tokenizer", "template", "defaults")})
+    with pytest.raises(glm_jax.TextError, match="has 512 ids, the model 100: they do not belong"):
+        Chat(Transformer(dataclasses.replace(CONFIG, vocab_size=100)), TEXT)
     with pytest.raises(glm_jax.CheckpointError, match="is not a directory"):
-        Chat(tmp_path / "nothing")
+        glm_jax.Chat(tmp_path / "nothing")
     hf = write_checkpoint(tmp_path / "hf")
     for name, complaint in {
         "generation_config.json": "names no stop tokens",
@@ -206,7 +196,7 @@ def test_parts_that_are_missing_or_do_not_belong_together(tmp_path):
     }.items():
         (hf / name).unlink()
         with pytest.raises(glm_jax.TextError, match=complaint):
-            Chat(hf)
+            glm_jax.Chat(hf)
 
 
 def test_a_checkpoint_of_either_kind_answers_as_generate_does(tmp_path, one_device):
@@ -217,8 +207,9 @@ def test_a_checkpoint_of_either_kind_answers_as_generate_does(tmp_path, one_devi
     prompt = tokenizer.encode("[gMASK]<sop><|user|>\nhi/nothink<|assistant|>\n<think></think>")
     (new,) = glm_jax.generate(model, [prompt], max_new_tokens=20)
     text = tokenizer.decode(new, skip_special=True).strip()
+    assert text_directory(tmp_path / "orbax") == tmp_path / "orbax" / ASSETS
     for directory in (hf, tmp_path / "orbax"):
-        reply = Chat(directory, mesh=one_device)("hi", thinking=False, max_new_tokens=20)
+        reply = glm_jax.Chat(directory, mesh=one_device)("hi", thinking=False, max_new_tokens=20)
         assert (reply.content, reply.finish_reason) == (text, "length")
         assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (len(prompt), 20)
 

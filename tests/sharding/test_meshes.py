@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,10 @@ from glm_jax.sharding import batch_axes, batch_sharding, default_mesh, describe,
 from tests import decoding, published
 
 MESHES = {"1x8x1": (1, 8, 1), "1x1x8": (1, 1, 8), "2x2x2": (2, 2, 2), "1x4x2": (1, 4, 2), "8x1x1": (8, 1, 1)}
-SHAPE = {"num_hidden_layers": 3, "num_key_value_heads": 8}
-PROMPTS = [[5], [3, 1, 4], list(range(20)), [7] * 9, [100, 2], [64, 32, 16, 8], [1, 2, 3, 4, 5], [9, 8, 7]]
+SHAPE = {"num_hidden_layers": 2, "num_key_value_heads": 8}
+PROMPTS = [[5], [3, 1, 4], list(range(15)), [7] * 9]
+# The cheapest implementation to compile; the others have tests of their own below.
+DENSE = Kernels(experts="dense")
 SETTINGS = {
     "greedy": {},
     "sampled": {"temperature": 0.8, "seed": 11},
@@ -39,12 +43,13 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def single(checkpoint, one_device) -> Any:
-    return glm_jax.load(checkpoint, mesh=one_device)
+    return glm_jax.load(checkpoint, mesh=one_device, stacked=True)
 
 
 @pytest.fixture(scope="module")
-def expected(single) -> dict[str, list[list[int]]]:
-    return {name: glm_jax.generate(single, PROMPTS, max_new_tokens=12, **options) for name, options in SETTINGS.items()}
+def expected(single) -> Callable[[str], list[list[int]]]:
+    """The tokens that one device generates with a setting."""
+    return functools.cache(lambda name: glm_jax.generate(single, PROMPTS, max_new_tokens=12, **SETTINGS[name]))
 
 
 def random_tokens(batch: int, length: int) -> np.ndarray:
@@ -52,10 +57,18 @@ def random_tokens(batch: int, length: int) -> np.ndarray:
 
 
 def check_equal(sharded: Any, single: Any, tokens: np.ndarray) -> None:
-    left, right = sharded(tokens, mtp=True), single(tokens, mtp=True)
+    left, right = sharded(tokens, mtp=True, kernels=DENSE), single(tokens, mtp=True, kernels=DENSE)
     for name in ("logits", "mtp_logits"):
         one, two = np.asarray(getattr(left, name)), np.asarray(getattr(right, name))
         assert np.abs(one - two).max() <= 1e-4 * two.std(), name
+
+
+def check_decode(sharded: Any, single: Any) -> None:
+    """Prefill and decode of unequal rows on many devices give the logits of the whole pass on one."""
+    tokens = random_tokens(4, 9)
+    reference = np.asarray(single(tokens, kernels=DENSE).logits)
+    logits = decoding.teacher_forced(sharded, tokens, np.array([1, 4, 8, 6]), kernels=DENSE)
+    assert np.abs(logits - reference).max() <= 1e-4 * reference.std()
 
 
 # --- the same results -----------------------------------------------------------------------------------------------
@@ -68,7 +81,7 @@ def test_logits_and_mtp_logits(checkpoint, single, mesh_of_sizes, sizes, batch):
     check_equal(model, single, random_tokens(batch, 9))
 
 
-@pytest.mark.parametrize("batch", [1, 2, 4, 6])
+@pytest.mark.parametrize("batch", [1, 2, 6])
 def test_batches_that_do_not_divide(checkpoint, single, mesh_of_sizes, batch):
     check_equal(glm_jax.load(checkpoint, mesh=mesh_of_sizes((2, 2, 2)), stacked=True), single, random_tokens(batch, 9))
 
@@ -80,25 +93,22 @@ def test_two_kv_heads_on_two_tensor_devices(tmp_path, one_device, mesh_of_sizes)
 
 
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
-@pytest.mark.parametrize("setting", ["greedy", "filtered"])
-def test_generated_tokens(checkpoint, expected, mesh_of_sizes, sizes, setting):
-    model = glm_jax.load(checkpoint, mesh=mesh_of_sizes(sizes))
-    assert glm_jax.generate(model, PROMPTS, max_new_tokens=12, **SETTINGS[setting]) == expected[setting]
+def test_greedy_tokens(checkpoint, expected, mesh_of_sizes, sizes):
+    """Four prompts: a batch that some of the meshes divide, and some do not."""
+    model = glm_jax.load(checkpoint, mesh=mesh_of_sizes(sizes), stacked=True)
+    assert glm_jax.generate(model, PROMPTS, max_new_tokens=12) == expected("greedy")
 
 
-def test_sampled_tokens_of_a_batch_that_does_not_divide(checkpoint, single, mesh_of_sizes):
-    model = glm_jax.load(checkpoint, mesh=mesh_of_sizes((2, 2, 2)))
-    one, many = (glm_jax.generate(m, PROMPTS[:3], max_new_tokens=12, **SETTINGS["sampled"]) for m in (single, model))
-    assert one == many
+@pytest.mark.parametrize(("sizes", "setting"), [((2, 2, 2), "filtered"), ((1, 1, 8), "filtered"), ((1, 8, 1), "sampled")])
+def test_sampled_tokens(checkpoint, expected, mesh_of_sizes, sizes, setting):
+    model = glm_jax.load(checkpoint, mesh=mesh_of_sizes(sizes), stacked=True)
+    assert glm_jax.generate(model, PROMPTS, max_new_tokens=12, **SETTINGS[setting]) == expected(setting)
 
 
 @pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "unrolled"])
 def test_prefill_and_decode_on_a_mesh_equal_the_whole_pass(checkpoint, single, mesh_of_sizes, stacked):
     model = glm_jax.load(checkpoint, mesh=mesh_of_sizes((2, 2, 2)), stacked=stacked)
-    tokens = random_tokens(4, 10)
-    reference = np.asarray(single(tokens).logits)
-    logits = decoding.teacher_forced(model, tokens, np.array([1, 4, 9, 6]))
-    assert np.abs(logits - reference).max() <= 1e-4 * reference.std()
+    check_decode(model, single)
 
 
 # --- what does not fit ----------------------------------------------------------------------------------------------
@@ -171,11 +181,10 @@ OWN_RULES = {
 
 
 @pytest.mark.parametrize("rules", OWN_RULES.values(), ids=OWN_RULES)
-def test_own_rules_give_the_same_logits_and_tokens(checkpoint, single, mesh_of_sizes, rules):
+def test_own_rules_give_the_same_logits(checkpoint, single, mesh_of_sizes, rules):
     model = glm_jax.load(checkpoint, mesh=mesh_of_sizes((2, 2, 2)), rules=rules, stacked=True)
-    check_equal(model, single, random_tokens(8, 9))
-    one, many = (glm_jax.generate(m, PROMPTS[:4], max_new_tokens=3) for m in (single, model))
-    assert one == many
+    check_equal(model, single, random_tokens(4, 9))
+    check_decode(model, single)
 
 
 def test_rules_place_the_weights(checkpoint, mesh_of_sizes):
@@ -183,7 +192,7 @@ def test_rules_place_the_weights(checkpoint, mesh_of_sizes):
     weights = weights_by_name(glm_jax.load(checkpoint, mesh=mesh_of_sizes((1, 4, 2)), rules=rules, stacked=True))
     assert weights["moe.moe.experts.down"][...].sharding.spec == PartitionSpec(None, ("expert", "tensor"), None, None)
     shards = weights["moe.moe.experts.down"][...].addressable_shards
-    assert {shard.data.shape for shard in shards} == {(2, 1, 64, 32)}
+    assert {shard.data.shape for shard in shards} == {(1, 1, 64, 32)}
 
 
 # --- what is sent and what is copied --------------------------------------------------------------------------------
@@ -193,13 +202,12 @@ COLLECTIVE = re.compile(rf"= (\(.*?\)|\S+) ({KINDS})(?:-start)?\(")
 ARRAY = re.compile(r"[a-z]\w*\[([0-9,]*)\]")
 
 
-def compiled_step(model: Any, batch: int, room: int, *, length: int = 1, kernels: Kernels | None = None) -> Any:
+def compiled_step(model: Any, batch: int, room: int, *, length: int = 1) -> Any:
     """One compiled step of `length` tokens a sequence over a cache, and the bytes of the cache on one device."""
     with jax.set_mesh(model.mesh):
         cache = create_cache(model, batch, room)
         tokens = jax.device_put(np.zeros((batch, length), np.int32), batch_sharding(batch, model.mesh))
-        options = {"fresh": length > 1, "kernels": kernels or Kernels()}
-        compiled = decoding.run.lower(model, tokens, tokens, cache, **options).compile()
+        compiled = decoding.run.lower(model, tokens, tokens, cache, fresh=length > 1, kernels=DENSE).compile()
     return compiled, sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(cache))
 
 
@@ -212,15 +220,14 @@ def collectives(compiled: Any) -> list[tuple[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("implementation", ["switch", "dense"])
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
-def test_a_decode_step_sends_tokens_and_no_weights(checkpoint, mesh_of_sizes, sizes, implementation):
+def test_a_decode_step_sends_tokens_and_no_weights(checkpoint, mesh_of_sizes, sizes):
     """Each MoE layer gathers tokens, choices and weights over the expert axis and sums results; nothing else moves."""
     model = glm_jax.load(checkpoint, mesh=mesh_of_sizes(sizes))
-    compiled, _ = compiled_step(model, 8, 64, kernels=Kernels(experts=implementation))
+    compiled, _ = compiled_step(model, 8, 64)
     sent = collectives(compiled)
     counts = collections.Counter(kind for kind, _ in sent)
-    layers, moe = 3, 2
+    layers, moe = 2, 1
     assert set(counts) <= {"all-gather", "all-reduce", "reduce-scatter"}, counts
     assert counts["all-gather"] <= 4 * moe and counts["reduce-scatter"] <= moe, counts
     assert counts["all-reduce"] <= 2 * layers + moe, counts

@@ -1,0 +1,53 @@
+"""A checkpoint's text side: tokenizer, chat template and generation settings, which lie beside its config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+from glm_jax.errors import CheckpointError, TextError
+from glm_jax.text import ChatTemplate, GenerationDefaults, Tokenizer, load_tokenizer
+
+CONVERTED = "hf"  # where a converted checkpoint keeps the files of its source
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSide:
+    """What turns a conversation into tokens, new tokens into text, and says when to stop.
+
+    Attributes:
+        tokenizer: text to token ids and back.
+        template: messages and tools to the prompt's text.
+        defaults: the stop tokens and the recommended sampling settings.
+    """
+
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    defaults: GenerationDefaults
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> TextSide:
+        """Read the text side of an Orbax or a Hugging Face checkpoint.
+
+        Raises:
+            CheckpointError: there is no such directory.
+            TextError: a file is missing or unreadable, or names no stop tokens.
+        """
+        files = text_directory(directory)
+        text = cls(load_tokenizer(files), ChatTemplate.load(files), GenerationDefaults.load(files))
+        if not text.defaults.stop_ids:
+            raise TextError(f"{files}: names no stop tokens (eos_token_id in generation_config.json)")
+        return text
+
+
+def text_directory(checkpoint: str | os.PathLike[str]) -> Path:
+    """The directory with a checkpoint's tokenizer, template and generation settings.
+
+    Raises:
+        CheckpointError: there is no such checkpoint directory.
+    """
+    path = Path(checkpoint)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a directory; a checkpoint is an Orbax or a Hugging Face directory")
+    return path if (path / "config.json").exists() or not (path / CONVERTED).is_dir() else path / CONVERTED
