@@ -91,8 +91,8 @@ def chosen_experts(config: ModelConfig) -> dict[str, dict[str, str]]:
     moe = config.moe
     return {
         name: {
-            "decode": choose(name, 1, moe.num_experts_per_token, moe.num_experts),
-            "prefill": choose(name, PREFILL_TOKENS, moe.num_experts_per_token, moe.num_experts),
+            "decode": choose(name, 1, moe, config.embed_dim),
+            "prefill": choose(name, PREFILL_TOKENS, moe, config.embed_dim),
         }
         for name in ("cpu", "gpu", "tpu")
     }

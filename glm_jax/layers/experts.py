@@ -19,12 +19,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from glm_jax.configs import MoeConfig
 from glm_jax.layers.experts_switch import switch_experts
 from glm_jax.layers.linear import precision_of
 from glm_jax.layers.mlp import swiglu
 
 Experts = Callable[..., jax.Array]
 MAX_BLOCK_ROWS = 128
+CACHED_PARAMETERS = 2**19  # 2 MiB of float32
 
 
 def dense_experts(
@@ -121,14 +123,16 @@ IMPLEMENTATIONS: dict[str, Experts] = {
 }
 
 
-def choose(platform: str, tokens: int, choices: int, experts: int) -> str:
-    """The implementation for a platform (`cpu`, `gpu`, `tpu`), the tokens of a pass and the local experts.
+def choose(platform: str, tokens: int, config: MoeConfig, embed_dim: int) -> str:
+    """The implementation for a platform (`cpu`, `gpu`, `tpu`) and the tokens of a pass.
 
-    CPU and TPU forms are measured and compiled choices; on GPU a decode batch that touches most experts reads them
-    all once (`dense`), a smaller or much larger one goes by blocks.
+    CPU and TPU forms are measured and compiled choices (a layer whose experts together fit a CPU's cache is not worth
+    the loops); on GPU a decode batch that touches most experts reads them all once (`dense`), a smaller or much larger
+    one goes by blocks.
     """
+    experts, rows = config.num_experts, tokens * config.num_experts_per_token
     if platform == "cpu":
-        return "switch"
+        return "dense" if 3 * experts * config.expert_width * embed_dim <= CACHED_PARAMETERS else "switch"
     if platform == "tpu":
-        return "dense" if tokens * choices <= 4 * experts else "ragged"
-    return "dense" if experts <= tokens * choices <= 8 * experts else "blocks"
+        return "dense" if rows <= 4 * experts else "ragged"
+    return "dense" if experts <= rows <= 8 * experts else "blocks"

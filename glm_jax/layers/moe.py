@@ -41,9 +41,7 @@ class Moe(nnx.Module):
         """x [B, T, D] -> [B, T, D], and the experts chosen for each token, int32 [B, T, K]."""
         routing = self.router(x)
         tokens, config = x.shape[0] * x.shape[1], self.config
-        name = step.kernels.experts or choose(
-            jax.default_backend(), tokens, config.num_experts_per_token, config.num_experts
-        )
+        name = step.kernels.experts or choose(jax.default_backend(), tokens, config, x.shape[-1])
         routed = run_experts(
             x,
             routing.ids,

@@ -73,7 +73,7 @@ def test_no_jax_before_the_flags_are_parsed(arguments):
         (["inspect", "--model"], "Missing value for flag --model; see glm-jax inspect --help"),
         (["inspect", "glm-4.5"], "'glm-4.5' is no flag; they are written --flag=value"),
         (["inspect", "--nojson=1", "--model=x"], "--nojson=1 does not take an argument"),
-        (["generate", "--max_new_tokens=many"], "flag --max_new_tokens=many: invalid literal for int()"),
+        (["generate", "--max_new_tokens=many"], "flag --max_new_tokens=many: is no integer"),
         (["generate", "--dtype=float99"], "flag --dtype=float99: value should be one of <bfloat16|float16|float32>"),
         (["generate"], "--model must be given"),
         (["convert"], "--source and --target must be given"),
