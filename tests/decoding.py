@@ -18,7 +18,7 @@ from glm_jax.sharding import batch_sharding
 def run(model: Any, tokens: jax.Array, positions: jax.Array, cache: Any, *, fresh: bool, kernels: Kernels) -> Any:
     """Logits [B, T, V] of tokens [B, T] at their positions, and the cache with their rows."""
     step = model.step(positions, fresh=fresh, kernels=kernels)
-    hidden, cache = model.hidden_states(tokens, step=step, cache=cache)
+    hidden, cache, _ = model.hidden_states(tokens, step=step, cache=cache)
     return model.logits(hidden), cache
 
 

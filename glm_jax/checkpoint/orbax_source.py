@@ -122,4 +122,6 @@ class OrbaxSource:
         ]
         if problems:
             more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-            raise CheckpointError(f"{directory}: arrays that do not fit its {MANIFEST}: {', '.join(problems[:8])}{more}")
+            raise CheckpointError(
+                f"{directory}: arrays that do not fit its {MANIFEST}: {', '.join(problems[:8])}{more}"
+            )

@@ -85,9 +85,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if name not in VERBS:
         raise glm_jax.InputError(f"there is no verb {name!r}; the verbs are {', '.join(VERBS)}")
-    verb = importlib.import_module(f"glm_jax.cli.{VERBS[name][0]}")
-    flags = absl_flags.FlagValues()
-    verb.define_flags(flags)
+    verb, flags = _module(name), verb_flags(name)
     if {"--help", "-h"}.intersection(arguments):
         print(_verb_help(name, verb, flags))
         return 0
@@ -100,8 +98,19 @@ def _dispatch(arguments: list[str]) -> int:
     return 1 if result.get("ok") is False else 0
 
 
-def _parse(name: str, arguments: list[str], flags: absl_flags.FlagValues) -> None:
+def verb_flags(name: str) -> absl_flags.FlagValues:
+    """The flags of a verb, not yet parsed."""
+    flags = absl_flags.FlagValues()
     flags.set_gnu_getopt(True)
+    _module(name).define_flags(flags)
+    return flags
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"glm_jax.cli.{VERBS[name][0]}")
+
+
+def _parse(name: str, arguments: list[str], flags: absl_flags.FlagValues) -> None:
     try:
         rest = flags(arguments)[1:]
     except (absl_flags.Error, ValueError) as error:

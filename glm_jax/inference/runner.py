@@ -86,20 +86,20 @@ def _programs(structure: Any, kernels: Kernels) -> _Programs:
         model = jax.tree.unflatten(structure, leaves)
         positions = jnp.zeros_like(tokens) + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         step = model.step(positions, fresh=True, kernels=kernels)
-        hidden, cache = model.hidden_states(tokens, step=step, cache=cache)
+        hidden, cache, _ = model.hidden_states(tokens, step=step, cache=cache)
         last = jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)
         return DecodeState(cache, sampler(model.logits(last)[:, 0], lengths), lengths)
 
-    def decode_one(leaves: Any, cache: Any, tokens: Any, positions: Any, sampler: Any) -> Any:
+    def decode_one(leaves, cache, tokens, positions, sampler):
         model = jax.tree.unflatten(structure, leaves)
         step = model.step(positions[:, None], fresh=False, kernels=kernels)
-        hidden, cache = model.hidden_states(tokens[:, None], step=step, cache=cache)
+        hidden, cache, _ = model.hidden_states(tokens[:, None], step=step, cache=cache)
         return cache, sampler(model.logits(hidden)[:, 0], positions + 1), positions + 1
 
     def decode(leaves, cache, tokens, positions, sampler, steps):
         def body(state, _):
             # The weights are closed over, not carried, and the cache is donated: it is written in place.
-            state = decode_one(leaves, *state, sampler=sampler)
+            state = decode_one(leaves, state[0], state[1], state[2], sampler)
             return state, state[1]
 
         return jax.lax.scan(body, (cache, tokens, positions), length=steps)

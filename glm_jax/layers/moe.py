@@ -33,11 +33,7 @@ class Moe(nnx.Module):
         shared_width = config.num_shared_experts * config.expert_width
         self.shared = Mlp(embed_dim, shared_width, initializer_range=initializer_range) if shared_width else None
 
-    def __call__(self, x: jax.Array, step: Step) -> jax.Array:
-        """x [B, T, D] -> [B, T, D]."""
-        return self.routed(x, step)[0]
-
-    def routed(self, x: jax.Array, step: Step) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, step: Step) -> tuple[jax.Array, jax.Array]:
         """x [B, T, D] -> [B, T, D], and the experts chosen for each token, int32 [B, T, K]."""
         routing = self.router(x)
         tokens, config = x.shape[0] * x.shape[1], self.config

@@ -12,13 +12,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from glm_jax.configs import ModelConfig
 from glm_jax.layers.kv_cache import KvCache
-from glm_jax.model.stack import Group, depth, is_stacked
+from glm_jax.model.stack import Group, GroupCache, depth, is_stacked
 from glm_jax.sharding import Rules, batch_axes, mesh_of, spec_of
 
 if TYPE_CHECKING:
     from glm_jax.model.transformer import Transformer
-
-GroupCache = KvCache | tuple[KvCache, ...] | None
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["dense", "moe", "mtp"], meta_fields=[])

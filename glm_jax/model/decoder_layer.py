@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -26,24 +28,22 @@ class DecoderLayer(nnx.Module):
         self.attention_norm = RmsNorm(size, eps=config.norm_eps)
         self.attention = _attention(config)
         self.mlp_norm = RmsNorm(size, eps=config.norm_eps)
-        self.mlp = None if experts else Mlp(size, config.mlp_width, initializer_range=std)
-        self.moe = Moe(config.moe, size, initializer_range=std) if experts else None
+        self.mlp: Any = None if experts else Mlp(size, config.mlp_width, initializer_range=std)
+        self.moe: Any = Moe(config.moe, size, initializer_range=std) if experts else None
 
     def __call__(
         self, x: jax.Array, step: Step, cache: KvCache | None, layer: jax.Array | None
-    ) -> tuple[jax.Array, KvCache | None]:
-        """x [B, T, D] -> [B, T, D] and the cache with this pass's rows (`layer`: its index in a stacked cache)."""
-        return self.routed(x, step, cache, layer)[:2]
-
-    def routed(
-        self, x: jax.Array, step: Step, cache: KvCache | None, layer: jax.Array | None
     ) -> tuple[jax.Array, KvCache | None, jax.Array | None]:
-        """What a call returns, and the experts chosen, int32 [B, T, K] (None with a dense MLP)."""
+        """Run x [B, T, D] through the layer.
+
+        `layer` is its index where the cache is that of a stacked group. Returns x [B, T, D], the cache with this
+        pass's rows, and of a MoE layer the experts chosen, int32 [B, T, K].
+        """
         attended, cache = self.attention(self.attention_norm(x), step, cache, layer)
         x = x + attended
         normal = self.mlp_norm(x)
-        mlp, ids = self.moe.routed(normal, step) if self.mlp is None else (self.mlp(normal), None)
-        return x + mlp, cache, ids
+        out, ids = (self.mlp(normal), None) if self.mlp is not None else self.moe(normal, step)
+        return x + out, cache, ids
 
 
 def _attention(config: ModelConfig) -> GqaAttention:
@@ -74,14 +74,8 @@ class MtpLayer(nnx.Module):
 
     def __call__(
         self, embedded: jax.Array, hidden: jax.Array, step: Step, cache: KvCache | None
-    ) -> tuple[jax.Array, KvCache | None]:
-        """Embeddings of the next tokens and hidden states [B, T, D] -> normalised hidden states for the head."""
-        return self.routed(embedded, hidden, step, cache)[:2]
-
-    def routed(
-        self, embedded: jax.Array, hidden: jax.Array, step: Step, cache: KvCache | None
     ) -> tuple[jax.Array, KvCache | None, jax.Array | None]:
-        """What a call returns, and the experts chosen, int32 [B, T, K]."""
+        """Embeddings of the next tokens and hidden states [B, T, D] -> as a layer, normalised for the head."""
         joined = jnp.concatenate([self.embed_norm(embedded), self.hidden_norm(hidden)], axis=-1)
-        x, cache, ids = self.layer.routed(project(joined, self.projection[...]), step, cache, None)
+        x, cache, ids = self.layer(project(joined, self.projection[...]), step, cache, None)
         return self.norm(x), cache, ids

@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from glm_jax.layers.kv_cache import KvCache
 from glm_jax.layers.step import Step
 from glm_jax.model.decoder_layer import DecoderLayer
 from glm_jax.sharding import map_weights
 
-Group = DecoderLayer | nnx.List
+Group = Any  # a DecoderLayer (stacked) or an nnx.List of them
+GroupCache = Any  # a KvCache (stacked), a tuple of them, or None
 
 
 def stack_abstract(layer: DecoderLayer, count: int) -> DecoderLayer:
@@ -70,42 +70,31 @@ def _index(leaf: Any, i: int) -> Any:
     return leaf[i]
 
 
-def run(
-    group: Group, x: jax.Array, step: Step, cache: KvCache | tuple[KvCache, ...] | None
-) -> tuple[jax.Array, KvCache | tuple[KvCache, ...] | None]:
-    """Run all layers of a group over x [B, T, D]; the cache has the group's own form (see `model.cache`)."""
+def run(group: Group, x: jax.Array, step: Step, cache: GroupCache) -> tuple[jax.Array, GroupCache, jax.Array | None]:
+    """Run all layers of a group over x [B, T, D].
+
+    The cache has the group's own form. Returns x, the cache with this pass's rows, and of MoE layers the experts
+    chosen, int32 [L, B, T, K]; what a caller does not use is not computed.
+    """
     if is_stacked(group):
-        x, cache, _ = _run_scan(group, x, step, cache, routing=False)
-    else:
-        x, cache, _ = _run_loop(group, x, step, cache)
-    return x, cache
-
-
-def run_routed(group: Group, x: jax.Array, step: Step) -> tuple[jax.Array, jax.Array]:
-    """Run a group of MoE layers over whole sequences: x [B, T, D], and the experts chosen, int32 [L, B, T, K]."""
-    if is_stacked(group):
-        x, _, ids = _run_scan(group, x, step, None, routing=True)
-        return x, ids
-    x, _, each = _run_loop(group, x, step, None)
-    return x, jnp.stack(each)
-
-
-def _run_loop(group: nnx.List, x: jax.Array, step: Step, cache: tuple[KvCache, ...] | None):
+        return _run_scan(group, x, step, cache)
     caches = (None,) * len(group) if cache is None else cache
-    written, ids = [], []
+    written, chosen = [], []
     for layer, layer_cache in zip(group, caches, strict=True):
-        x, layer_cache, layer_ids = layer.routed(x, step, layer_cache, None)
+        x, layer_cache, ids = layer(x, step, layer_cache, None)
         written.append(layer_cache)
-        ids.append(layer_ids)
-    return x, None if cache is None else tuple(written), ids
+        chosen.append(ids)
+    return x, None if cache is None else tuple(written), None if chosen[0] is None else jnp.stack(chosen)
 
 
-def _run_scan(group: DecoderLayer, x: jax.Array, step: Step, cache: KvCache | None, *, routing: bool):
+def _run_scan(
+    group: DecoderLayer, x: jax.Array, step: Step, cache: GroupCache
+) -> tuple[jax.Array, GroupCache, jax.Array | None]:
     def body(carry, index_and_layer):
         x, cache = carry
         index, layer = index_and_layer
-        x, cache, ids = layer.routed(x, step, cache, index)
-        return (x, cache), ids if routing else None
+        x, cache, ids = layer(x, step, cache, index)
+        return (x, cache), ids
 
     (x, cache), ids = jax.lax.scan(body, (x, cache), (jnp.arange(depth(group)), group))
     return x, cache, ids

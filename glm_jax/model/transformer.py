@@ -144,24 +144,19 @@ class Transformer(nnx.Module):
 
     def hidden_states(
         self, tokens: jax.Array, *, step: Step, cache: Cache | None = None
-    ) -> tuple[jax.Array, Cache | None]:
-        """Tokens [B, T] -> hidden states [B, T, D] after the final norm, and the cache with this pass's rows."""
-        x = self.embedding(tokens)
+    ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
+        """Run tokens [B, T] through the decoder, without MTP and head.
+
+        Returns the hidden states [B, T, D] after the final norm, the cache with this pass's rows, and the experts
+        chosen in each MoE layer, int32 [L, B, T, K].
+        """
+        x, ids = self.embedding(tokens), None
         dense, moe = (None, None) if cache is None else (cache.dense, cache.moe)
         if self.dense is not None:
-            x, dense = stack.run(self.dense, x, step, dense)
+            x, dense, _ = stack.run(self.dense, x, step, dense)
         if self.moe is not None:
-            x, moe = stack.run(self.moe, x, step, moe)
-        return self.final_norm(x), None if cache is None else Cache(dense, moe, cache.mtp)
-
-    def routed_states(self, tokens: jax.Array, *, step: Step) -> tuple[jax.Array, jax.Array | None]:
-        """Hidden states [B, T, D] of whole sequences, and the experts chosen, int32 [L, B, T, K] (None without any)."""
-        x, ids = self.embedding(tokens), None
-        if self.dense is not None:
-            x, _ = stack.run(self.dense, x, step, None)
-        if self.moe is not None:
-            x, ids = stack.run_routed(self.moe, x, step)
-        return self.final_norm(x), ids
+            x, moe, ids = stack.run(self.moe, x, step, moe)
+        return self.final_norm(x), None if cache is None else Cache(dense, moe, cache.mtp), ids
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [B, T, D] -> float32 logits [B, T, V]."""
@@ -176,18 +171,14 @@ class Transformer(nnx.Module):
 def forward(model: Transformer, tokens: jax.Array, *, mtp: bool, kernels: Kernels, routing: bool = False) -> Output:
     """The forward pass over whole sequences, as a pure function to trace; `routing` also returns the experts chosen."""
     positions = jnp.zeros_like(tokens) + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    step = model.step(positions, fresh=True, kernels=kernels)
-    ids = mtp_logits = mtp_ids = None
-    if routing:
-        hidden, ids = model.routed_states(tokens, step=step)
-    else:
-        hidden, _ = model.hidden_states(tokens, step=step)
+    hidden, _, ids = model.hidden_states(tokens, step=model.step(positions, fresh=True, kernels=kernels))
+    mtp_logits = mtp_ids = None
     if mtp:
         assert model.mtp is not None
         step = model.step(positions[:, :-1], fresh=True, kernels=kernels)
-        next_hidden, _, mtp_ids = model.mtp.routed(model.embedding(tokens[:, 1:]), hidden[:, :-1], step, None)
+        next_hidden, _, mtp_ids = model.mtp(model.embedding(tokens[:, 1:]), hidden[:, :-1], step, None)
         mtp_logits = model.logits(next_hidden)
-    return Output(model.logits(hidden), hidden, mtp_logits, ids, mtp_ids if routing else None)
+    return Output(model.logits(hidden), hidden, mtp_logits, ids if routing else None, mtp_ids if routing else None)
 
 
 _forward_jit = jax.jit(forward, static_argnames=("mtp", "kernels"))

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from glm_jax.checkpoint.safetensors_dir import INDEX_NAME, SafetensorsDir
+from glm_jax.cli import printing
 
 LAST_SHARD = "model-00002-of-00002.safetensors"
 
@@ -153,6 +154,27 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(call, hf, orbax, tmp_path, v
     with largest_file(10_000):
         said = call(verb, f"--source={source}", f"--target={tmp_path / 'out'}")
     assert "the file is larger than the file system or the process limit allows" in said.complaint
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", ["convert", "export"])
+def test_ctrl_c_leaves_nothing(call, hf, orbax, tmp_path, monkeypatch, verb):
+    seen = []
+
+    @contextlib.contextmanager
+    def interrupted(what):
+        def progress(done, total):
+            seen.extend(path.name.partition("-")[0] for path in tmp_path.iterdir())
+            if done > total / 2:
+                raise KeyboardInterrupt
+
+        yield progress
+
+    monkeypatch.setattr(printing, "progress", interrupted)
+    source = hf if verb == "convert" else orbax
+    said = call(verb, f"--source={source}", f"--target={tmp_path / 'out'}")
+    assert (said.status, said.out, said.err) == (130, "", "\n")
+    assert set(seen) == {"out.partial"}
     assert list(tmp_path.iterdir()) == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -75,7 +76,12 @@ def test_no_jax_before_the_flags_are_parsed(arguments):
         (["inspect", "--nojson=1", "--model=x"], "--nojson=1 does not take an argument"),
         (["generate", "--max_new_tokens=many"], "flag --max_new_tokens=many: is no integer"),
         (["generate", "--dtype=float99"], "flag --dtype=float99: value should be one of <bfloat16|float16|float32>"),
+        (["generate", "--max_new_tokens=\u0665"], "flag --max_new_tokens=\u0665: is no integer"),
+        (["generate", "--seed=1_0"], "flag --seed=1_0: is no integer"),
+        (["generate", "--top_p=\u0661"], "flag --top_p=\u0661: is no number"),
+        (["generate", "--top_p=half"], "flag --top_p=half: could not convert string to float"),
         (["generate"], "--model must be given"),
+        (["generate", "--model="], "--model must be given"),
         (["convert"], "--source and --target must be given"),
         (["plan", "--model=glm-4.5", "--devices=8"], "--memory must be given"),
     ],
@@ -123,6 +129,36 @@ def test_status_of_what_can_be_mended_and_of_what_is_stopped(call, verb, monkeyp
     monkeypatch.setattr(program.os, "dup2", lambda *descriptors: None)  # stdout is the test's
     said = call("fake")
     assert (said.status, said.out, said.err) == (status, "", err)
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (BrokenPipeError(), 141)])
+def test_a_stopped_process_leaves_at_once_whatever_the_device_still_runs(verb, monkeypatch, capfd, error, status):
+    def run(flags):
+        raise error
+
+    verb(run)
+    left = []
+    monkeypatch.setattr(program.sys, "argv", ["glm-jax", "fake"])
+    monkeypatch.setattr(program.os, "_exit", left.append)
+    monkeypatch.setattr(program.os, "dup2", lambda *descriptors: None)
+    program.main()
+    assert left == [status]
+
+
+def test_ctrl_c_ends_the_process_while_libraries_start_and_is_an_exception_afterwards(call, verb, monkeypatch):
+    def handler():
+        return signal.getsignal(signal.SIGINT)
+
+    seen = []
+    import_module = program.importlib.import_module
+    monkeypatch.setattr(program.importlib, "import_module", lambda name: seen.append(handler()) or import_module(name))
+    verb(lambda flags: seen.append(handler()) or {})
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert call("fake").status == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen[-3:] == [signal.SIG_DFL, signal.SIG_DFL, signal.default_int_handler]
 
 
 def test_a_bug_is_not_hidden(call, verb):
