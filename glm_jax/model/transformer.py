@@ -172,13 +172,14 @@ def forward(model: Transformer, tokens: jax.Array, *, mtp: bool, kernels: Kernel
     """The forward pass over whole sequences, as a pure function to trace; `routing` also returns the experts chosen."""
     positions = jnp.zeros_like(tokens) + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     hidden, _, ids = model.hidden_states(tokens, step=model.step(positions, fresh=True, kernels=kernels))
-    mtp_logits = mtp_ids = None
-    if mtp:
+    logits = model.logits(hidden)
+    mtp_logits, mtp_ids = (logits[:, :0], None) if mtp else (None, None)
+    if mtp and tokens.shape[1] > 1:
         assert model.mtp is not None
         step = model.step(positions[:, :-1], fresh=True, kernels=kernels)
         next_hidden, _, mtp_ids = model.mtp(model.embedding(tokens[:, 1:]), hidden[:, :-1], step, None)
         mtp_logits = model.logits(next_hidden)
-    return Output(model.logits(hidden), hidden, mtp_logits, ids if routing else None, mtp_ids if routing else None)
+    return Output(logits, hidden, mtp_logits, ids if routing else None, mtp_ids if routing else None)
 
 
 _forward_jit = jax.jit(forward, static_argnames=("mtp", "kernels"))
@@ -218,7 +219,10 @@ def check_tokens(tokens: Any, config: ModelConfig) -> np.ndarray:
     Raises:
         InputError: the shape, the type or a value is wrong.
     """
-    array = np.asarray(tokens)
+    try:
+        array = np.asarray(tokens)
+    except ValueError:
+        raise InputError("tokens must be [batch, length]; the rows given have different lengths") from None
     if array.ndim != 2 or 0 in array.shape or not np.issubdtype(array.dtype, np.integer):
         raise InputError(
             f"tokens must be integers [batch, length], at least one of each; got {array.dtype} {array.shape}"
