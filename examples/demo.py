@@ -25,7 +25,7 @@ from glm_jax.sharding import describe
 from glm_jax.text import ReasoningDelta, ToolCall
 
 BUNDLED = Path(__file__).with_name("demo_model")
-CUPS = "A ball is under cup 3 of 5. Swap 3-1 4-2 1-5 5-2 2-4 3-4. Where is it?"  # 3 1 1 5 2 4 3
+CUPS = "A ball is under cup 2 of 5. Swap 3-5 5-1 3-5 3-2 1-2 3-4. Where is it?"  # 2 2 2 2 3 3 4
 PRODUCT = "What is 4821*377?"
 CALCULATOR = {
     "type": "function",
@@ -58,7 +58,7 @@ def main(checkpoint: Path = BUNDLED) -> None:
     show(chat.stream(CUPS, max_new_tokens=NEW_TOKENS, temperature=0))
     headline(f"Answer at once: {CUPS}")
     show(chat.stream(CUPS, thinking=False, max_new_tokens=NEW_TOKENS, temperature=0))
-    print("(cup 3 is right)")
+    print("(cup 4 is right)")
 
     headline(f"Call a tool: {PRODUCT}")
     messages = [{"role": "user", "content": PRODUCT}]

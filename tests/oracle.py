@@ -24,7 +24,7 @@ from transformers.modeling_layers import MtpModel  # noqa: E402
 
 from tests import published  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are tiny: threads would wait for each other
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
