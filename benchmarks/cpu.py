@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -38,7 +39,7 @@ from glm_jax.inference.config import Sampling
 from glm_jax.inference.runner import Runner
 from glm_jax.inference.sampling import Sampler
 
-QUICK = flags.DEFINE_bool("quick", False, "few repeats, batches of 1 and 8 only")
+QUICK = flags.DEFINE_bool("quick", False, "few repeats, batches of 1 and 8 only, no eager experts")
 JSON = flags.DEFINE_string("json", None, "also write all times to this file")
 REPEATS = flags.DEFINE_integer("repeats", 12, "rounds of each phase", lower_bound=2)
 
@@ -151,14 +152,14 @@ def save_model(directory: Path) -> int:
     return model.num_parameters()
 
 
-def rivals(directory: Path) -> dict[str, Rival]:
-    """All implementations, over the same checkpoint."""
+def rivals(directory: Path, implementations: tuple[str, ...]) -> dict[str, Rival]:
+    """glm_jax, and transformers with these implementations of the experts, over the same checkpoint."""
     made: dict[str, Rival] = {OURS: GlmJax(directory)}
     for dtype in ("float32", "bfloat16"):
         model = transformers.Glm4MoeForCausalLM.from_pretrained(
             directory, dtype=getattr(torch, dtype), attn_implementation="sdpa"
         ).eval()
-        for experts in ("grouped_mm", "eager"):
+        for experts in implementations:
             made[f"transformers {dtype} {experts}"] = Transformers(model, experts)
     return made
 
@@ -266,9 +267,12 @@ def main(arguments: list[str]) -> None:
     batches = (1, 8) if QUICK.value else (1, 8, 32)
     with tempfile.TemporaryDirectory() as directory:
         parameters = save_model(Path(directory))
-        everyone = rivals(Path(directory))
+        everyone = rivals(Path(directory), ("grouped_mm",) if QUICK.value else ("grouped_mm", "eager"))
+        print("prefill", file=sys.stderr)
         phases = [measure_prefill(everyone, repeats)]
-        phases += [measure_decode(everyone, batch, repeats) for batch in batches]
+        for batch in batches:
+            print(f"decode, batch {batch}", file=sys.stderr)
+            phases.append(measure_decode(everyone, batch, repeats))
     around = environment(parameters)
     show(phases, around)
     if JSON.value:

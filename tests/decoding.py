@@ -6,7 +6,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from glm_jax.layers.step import Kernels
@@ -22,7 +21,9 @@ def run(model: Any, tokens: jax.Array, positions: jax.Array, cache: Any, *, fres
     return model.logits(hidden), cache
 
 
-def teacher_forced(model: Any, tokens: np.ndarray, lengths: np.ndarray, *, kernels: Kernels | None = None) -> np.ndarray:
+def teacher_forced(
+    model: Any, tokens: np.ndarray, lengths: np.ndarray, *, kernels: Kernels | None = None
+) -> np.ndarray:
     """Logits of every position of tokens [B, T]: `lengths` of each row by prefill, the others one by one.
 
     Rows decode at different positions at the same time; what lies beyond a row's end is not part of the result (NaN).
@@ -36,9 +37,7 @@ def teacher_forced(model: Any, tokens: np.ndarray, lengths: np.ndarray, *, kerne
         longest = int(lengths.max())
         prompt = np.where(np.arange(longest) < lengths[:, None], tokens[:, :longest], 0)
         positions = np.broadcast_to(np.arange(longest), prompt.shape)
-        logits, cache = run(
-            model, place(prompt), place(positions.astype(np.int32)), cache, fresh=True, kernels=kernels
-        )
+        logits, cache = run(model, place(prompt), place(positions.astype(np.int32)), cache, fresh=True, kernels=kernels)
         logits = np.asarray(logits)
         for row, length in enumerate(lengths):
             result[row, :length] = logits[row, :length]
@@ -48,12 +47,3 @@ def teacher_forced(model: Any, tokens: np.ndarray, lengths: np.ndarray, *, kerne
             logits, cache = run(model, place(new), place(at[:, None]), cache, fresh=False, kernels=kernels)
             result[np.arange(batch), at] = np.asarray(logits)[:, 0]
     return result
-
-
-def greedy(model: Any, prompt: list[int], steps: int) -> list[int]:
-    """The likeliest continuation by whole forward passes, without any cache: slow and simple."""
-    tokens = np.zeros((1, len(prompt) + steps), np.int32)
-    tokens[0, : len(prompt)] = prompt
-    for at in range(len(prompt), len(prompt) + steps):
-        tokens[0, at] = int(jnp.argmax(model(tokens).logits[0, at - 1]))
-    return tokens[0, len(prompt) :].tolist()

@@ -57,7 +57,8 @@ class Sampler:
         noise = jax.vmap(lambda row, position: _gumbel(self.key, row, position, logits.shape[-1]))(rows, positions)
         choice = jnp.argmax(logits + noise, axis=-1)
         if order is not None:
-            choice = jnp.take_along_axis(order, choice[:, None], axis=-1)[:, 0]
+            chosen = jnp.arange(order.shape[-1]) == choice[:, None]
+            choice = jnp.sum(jnp.where(chosen, order, 0), axis=-1)
         return choice.astype(jnp.int32)
 
     def _filter(self, logits: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from glm_jax.layers.linear import precision_of
+from glm_jax.sharding import reshape
 
 MAX_VECTORS = 16  # queries of a group up to which they are taken one by one on a CPU
 QUERY_BLOCK = 512  # rows of scores held at a time: 96 heads x 512 x 8192 keys in float32 are 1.6 GB a sequence
@@ -35,17 +36,19 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, last_key: jax.Array) -> 
 
 def _attend_block(q: jax.Array, k: jax.Array, v: jax.Array, last_key: jax.Array) -> jax.Array:
     batch, length, heads, head_dim = q.shape
-    kv_heads, group, precision = k.shape[1], heads // k.shape[1], precision_of(q.dtype)
+    kv_heads, keys, precision = k.shape[1], k.shape[2], precision_of(q.dtype)
+    group = heads // kv_heads
     k, v = k.astype(q.dtype), v.astype(q.dtype)
     # The queries of all heads of a group as rows of one matrix, for which keys and values are not repeated.
-    rows = q.reshape(batch, length, kv_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
-    rows = rows.reshape(batch, kv_heads, group * length, head_dim)
-    scores = _scores(rows, k).reshape(batch, kv_heads, group, length, k.shape[2]) * head_dim**-0.5
-    seen = jnp.arange(k.shape[2]) <= last_key[:, None, None, :, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1).astype(q.dtype)
-    weights = weights.reshape(batch, kv_heads, group * length, k.shape[2])
-    out = jnp.matmul(weights, v, precision=precision).reshape(batch, kv_heads, group, length, head_dim)
-    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape)
+    rows = reshape(q, (batch, length, kv_heads, group, head_dim), layout=(0, 1, 2, None, None)).transpose(0, 2, 3, 1, 4)
+    rows = reshape(rows, (batch, kv_heads, group * length, head_dim), layout=(0, 1, None, None))
+    scores = reshape(_scores(rows, k), (batch, kv_heads, group, length, keys), layout=(0, 1, None, None, None))
+    seen = jnp.arange(keys) <= last_key[:, None, None, :, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores * head_dim**-0.5, -jnp.inf), axis=-1).astype(q.dtype)
+    weights = reshape(weights, (batch, kv_heads, group * length, keys), layout=(0, 1, None, None))
+    out = jnp.matmul(weights, v, precision=precision)
+    out = reshape(out, (batch, kv_heads, group, length, head_dim), layout=(0, 1, None, None, None))
+    return reshape(out.transpose(0, 3, 1, 2, 4), q.shape, layout=(0, 1, 2, None))
 
 
 def _scores(rows: jax.Array, k: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from glm_jax.sharding import einsum_reduce, local_call
+from glm_jax.sharding import einsum_reduce, local_call, reshape
 
 
 def precision_of(dtype: Any) -> lax.Precision:
@@ -25,10 +25,10 @@ def precision_of(dtype: Any) -> lax.Precision:
 
 def project(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x [B, T, D] by a weight [..., D] of which at most the first dimension is split: [B, T, ...]."""
-    outputs = weight.shape[:-1]
-    matrix = weight.reshape(math.prod(outputs), weight.shape[-1])
+    outputs, inputs = weight.shape[:-1], weight.shape[-1]
+    matrix = reshape(weight, (math.prod(outputs), inputs), layout=(0, len(outputs)))
     y = jnp.einsum("btd,od->bto", x, matrix, precision=precision_of(x.dtype))
-    return y.reshape(*x.shape[:-1], *outputs)
+    return reshape(y, (*x.shape[:2], *outputs), layout=(0, 1, 2, *(None for _ in outputs[1:])))
 
 
 def project_pair(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -45,6 +45,6 @@ def project_pair(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]
 def project_reduce(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x [B, T, ...] by a weight [D, ...] whose inputs may be split over devices: [B, T, D], after an all-reduce."""
     inputs = math.prod(weight.shape[1:])
-    x = x.reshape(*x.shape[:2], inputs)
-    matrix = weight.reshape(weight.shape[0], inputs)
+    x = reshape(x, (*x.shape[:2], inputs), layout=(0, 1, 2))
+    matrix = reshape(weight, (weight.shape[0], inputs), layout=(0, 1))
     return einsum_reduce("bti,di->btd", x, matrix, precision=precision_of(x.dtype))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from glm_jax.sharding.activation import axes_of, einsum_reduce, local_call, take_rows
+from glm_jax.sharding.activation import axes_of, einsum_reduce, local_call, reshape, take_rows
 from glm_jax.sharding.mesh import default_mesh, describe, make_mesh, parse_mesh
 from glm_jax.sharding.rules import (
     Rules,
@@ -44,6 +44,7 @@ __all__ = [
     "map_weights",
     "mesh_of",
     "parse_mesh",
+    "reshape",
     "shardings",
     "spec_of",
     "take_rows",

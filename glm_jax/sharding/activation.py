@@ -51,6 +51,17 @@ def local_call(
     return jax.shard_map(function, out_specs=spec)(*operands)
 
 
+def reshape(x: jax.Array, shape: Sequence[int], *, layout: Sequence[int | None]) -> jax.Array:
+    """Reshape without moving data between devices; `layout` names for each new dimension the old one whose split it has.
+
+    Where dimensions of size 1 are split (over one device), jax cannot tell by itself where the split goes.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x.reshape(shape)
+    spec = spec_of(*(None if source is None else axes_of(x, source) for source in layout))
+    return jnp.reshape(x, shape, out_sharding=spec)
+
+
 def take_rows(table: jax.Array, indices: jax.Array) -> jax.Array:
     """Rows of a table [V, D] by indices [B, T]: [B, T, D], laid out like the indices.
 

@@ -531,4 +531,3 @@ def test_a_manifest_of_another_model(tmp_path, orbax, key, value):
 def test_nothing_is_made_where_a_mesh_does_not_divide(tmp_path, single, mesh_of_sizes):
     line = refused(tmp_path, lambda: glm_jax.load(single, mesh=mesh_of_sizes((1, 1, 8))))
     assert "kv_heads = 2 does not divide over mesh axis tensor = 8" in line and "sizes that do: 1, 2" in line
-

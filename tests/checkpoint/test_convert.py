@@ -106,7 +106,9 @@ def test_a_correction_bias_in_bfloat16_comes_back_in_bfloat16_and_runs_in_float3
     assert glm_jax.load(tmp_path / "orbax", dtype="bfloat16").mtp.layer.moe.router.bias[...].dtype == np.float32
 
 
-@pytest.mark.parametrize("changes", [{"tie_word_embeddings": True}, {"first_k_dense_replace": 0}, {"n_shared_experts": 2}])
+@pytest.mark.parametrize(
+    "changes", [{"tie_word_embeddings": True}, {"first_k_dense_replace": 0}, {"n_shared_experts": 2}]
+)
 def test_other_shapes_come_back(tmp_path, changes):
     copies = () if changes.get("tie_word_embeddings") else published.COPIES
     source = published.checkpoint(tmp_path / "hf", copies=copies, **changes)
@@ -180,7 +182,9 @@ def test_the_weights_are_the_tensors(tmp_path, one_device):
     experts = np.asarray(model.moe.moe.experts.gate_up[...])
     assert np.array_equal(experts[1, 5, 0], arrays[f"{layer}mlp.experts.5.gate_proj.weight"])
     assert np.array_equal(experts[1, 5, 1], arrays[f"{layer}mlp.experts.5.up_proj.weight"])
-    assert np.array_equal(np.asarray(model.moe.moe.experts.down[...])[1, 5], arrays[f"{layer}mlp.experts.5.down_proj.weight"])
+    assert np.array_equal(
+        np.asarray(model.moe.moe.experts.down[...])[1, 5], arrays[f"{layer}mlp.experts.5.down_proj.weight"]
+    )
     q = arrays[f"{layer}self_attn.q_proj.weight"]
     assert np.array_equal(np.asarray(model.moe.attention.q[...])[1], q.reshape(8, 16, 64))
     o = arrays["model.layers.3.self_attn.o_proj.weight"]

@@ -39,7 +39,12 @@ PARTS = {
 PUBLISHED = {  # the keys of both config.json that differ from each other, and some that trip readers
     "glm-4.5": {"hidden_size": 5120, "num_hidden_layers": 92, "first_k_dense_replace": 3, "intermediate_size": 12288}
     | {"moe_intermediate_size": 1536, "n_routed_experts": 160, "routed_scaling_factor": 2.5, "use_qk_norm": True},
-    "glm-4.5-air": {"hidden_size": 4096, "num_hidden_layers": 46, "first_k_dense_replace": 1, "intermediate_size": 10944}
+    "glm-4.5-air": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 46,
+        "first_k_dense_replace": 1,
+        "intermediate_size": 10944,
+    }
     | {"moe_intermediate_size": 1408, "n_routed_experts": 128, "routed_scaling_factor": 1.0, "use_qk_norm": False},
 }
 SHARED = {
@@ -74,7 +79,11 @@ def test_parameter_counts_of_parts(column, name, part):
     prefix, expected = PARTS[part]
     config = configs.get(name)
     layers = {"moe": config.num_moe_layers, "dense": config.num_dense_layers}.get(prefix.split(".")[0], 1)
-    sizes = [math.prod(w.get_raw_value().shape) for n, w in weights_by_name(Transformer(config)).items() if n.startswith(prefix)]
+    sizes = [
+        math.prod(w.get_raw_value().shape)
+        for n, w in weights_by_name(Transformer(config)).items()
+        if n.startswith(prefix)
+    ]
     assert sum(sizes) == layers * expected[column]
 
 
@@ -89,7 +98,11 @@ def test_parameter_counts_without_the_copies(name, expected):
 def test_a_single_expert_is_as_wide_as_the_shared_one():
     for name, expected in (("glm-4.5", 23_592_960), ("glm-4.5-air", 17_301_504)):
         weights = weights_by_name(Transformer(configs.get(name)))
-        shapes = {n.removeprefix("mtp.layer.moe."): w.get_raw_value().shape for n, w in weights.items() if n.startswith("mtp.layer.moe.")}
+        shapes = {
+            n.removeprefix("mtp.layer.moe."): w.get_raw_value().shape
+            for n, w in weights.items()
+            if n.startswith("mtp.layer.moe.")
+        }
         assert math.prod(shapes["shared.gate_up"]) + math.prod(shapes["shared.down"]) == expected
         assert math.prod(shapes["experts.gate_up"][1:]) + math.prod(shapes["experts.down"][1:]) == expected
 
@@ -146,7 +159,9 @@ def test_an_unknown_preset_names_the_known_ones():
         configs.get("glm-5")
 
 
-@pytest.mark.parametrize("change", [{"num_layers": 0}, {"num_mtp_layers": 0}, {"mtp_copies": ("other",)}, {"num_dense_layers": 93}])
+@pytest.mark.parametrize(
+    "change", [{"num_layers": 0}, {"num_mtp_layers": 0}, {"mtp_copies": ("other",)}, {"num_dense_layers": 93}]
+)
 def test_contradictions_are_refused(change):
     with pytest.raises(ConfigError, match="the model configuration is not possible"):
         dataclasses.replace(configs.get("glm-4.5"), **change)

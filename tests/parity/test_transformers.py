@@ -194,5 +194,8 @@ def test_random_shapes(tmp_path, one_device, seed):
     directory = oracle.save(tmp_path / "hf", seed=seed, **shape)
     tokens = random_tokens((3, 33), seed, shape["vocab_size"])
     check(directory, one_device, tokens, stacked=bool(seed % 2))
-    model, prompts = glm_jax.load(directory, mesh=one_device), [row[: 2 + 7 * i].tolist() for i, row in enumerate(tokens)]
+    model, prompts = (
+        glm_jax.load(directory, mesh=one_device),
+        [row[: 2 + 7 * i].tolist() for i, row in enumerate(tokens)],
+    )
     assert glm_jax.generate(model, prompts, max_new_tokens=64) == oracle.greedy(oracle.load(directory), prompts, 64)

@@ -99,7 +99,9 @@ def test_greedy_tokens(checkpoint, expected, mesh_of_sizes, sizes):
     assert glm_jax.generate(model, PROMPTS, max_new_tokens=12) == expected("greedy")
 
 
-@pytest.mark.parametrize(("sizes", "setting"), [((2, 2, 2), "filtered"), ((1, 1, 8), "filtered"), ((1, 8, 1), "sampled")])
+@pytest.mark.parametrize(
+    ("sizes", "setting"), [((2, 2, 2), "filtered"), ((1, 1, 8), "filtered"), ((1, 8, 1), "sampled")]
+)
 def test_sampled_tokens(checkpoint, expected, mesh_of_sizes, sizes, setting):
     model = glm_jax.load(checkpoint, mesh=mesh_of_sizes(sizes), stacked=True)
     assert glm_jax.generate(model, PROMPTS, max_new_tokens=12, **SETTINGS[setting]) == expected(setting)
@@ -241,7 +243,9 @@ def test_a_decode_step_sends_tokens_and_no_weights(checkpoint, mesh_of_sizes, si
 
 
 @pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "unrolled"])
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)], ids=lambda sizes: "x".join(map(str, sizes)))
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)], ids=lambda sizes: "x".join(map(str, sizes))
+)
 def test_a_decode_step_writes_the_cache_in_place(checkpoint, mesh_of_sizes, sizes, stacked):
     model = glm_jax.load(checkpoint, mesh=mesh_of_sizes(sizes), stacked=stacked)
     compiled, cache_bytes = compiled_step(model, 8, 512)
