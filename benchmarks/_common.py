@@ -1,4 +1,4 @@
-"""What benchmarks share: a run of sections within a time budget, timing, random models on the device, roofline formulas."""
+"""What benchmarks share: sections within a time budget, timing, random models on the device, roofline formulas."""
 
 from __future__ import annotations
 

@@ -226,13 +226,12 @@ def _agreement(firsts: dict[str, np.ndarray]) -> float:
     return float(np.mean(firsts[OURS] == firsts["transformers float32 grouped_mm"]))
 
 
-def environment(parameters: int) -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """What the times depend on."""
     return {
-        "parameters": parameters,
         "cores": os.cpu_count(),
         "torch threads": torch.get_num_threads(),
-        "load average": [round(load, 2) for load in os.getloadavg()],
+        "load average before": [round(load, 2) for load in os.getloadavg()],
         "python": platform.python_version(),
         "jax": jax.__version__,
         "torch": torch.__version__,
@@ -255,6 +254,11 @@ def show(phases: list[Phase], around: dict[str, Any]) -> None:
     table.add_row("first tokens equal to float32", *(f"{100 * p.agreement:.0f}%" for p in phases))
     console.print(table)
     console.print(", ".join(f"{key}: {value}" for key, value in around.items()), soft_wrap=True, highlight=False)
+    if around["load average before"][0] > around["cores"] / 4:
+        console.print(
+            "The machine was busy with other work. That slows torch's threads, which wait for one another, far"
+        )
+        console.print("more than ours: do not quote these ratios.")
 
 
 def main(arguments: list[str]) -> None:
@@ -265,15 +269,15 @@ def main(arguments: list[str]) -> None:
     transformers.logging.disable_progress_bar()
     repeats = min(REPEATS.value, 4) if QUICK.value else REPEATS.value
     batches = (1, 8) if QUICK.value else (1, 8, 32)
+    around = environment()
     with tempfile.TemporaryDirectory() as directory:
-        parameters = save_model(Path(directory))
+        around["parameters"] = save_model(Path(directory))
         everyone = rivals(Path(directory), ("grouped_mm",) if QUICK.value else ("grouped_mm", "eager"))
         print("prefill", file=sys.stderr)
         phases = [measure_prefill(everyone, repeats)]
         for batch in batches:
             print(f"decode, batch {batch}", file=sys.stderr)
             phases.append(measure_decode(everyone, batch, repeats))
-    around = environment(parameters)
     show(phases, around)
     if JSON.value:
         report = {"environment": around, "phases": [dataclasses.asdict(phase) for phase in phases]}

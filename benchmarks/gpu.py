@@ -23,16 +23,16 @@ from typing import Any
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-import glm_jax  # noqa: E402
-from benchmarks import _common as common  # noqa: E402
-from benchmarks import _parity as parity  # noqa: E402
-from glm_jax.layers.step import Kernels  # noqa: E402
-from glm_jax.model import create_cache  # noqa: E402
-from glm_jax.sharding import batch_sharding  # noqa: E402
+import glm_jax
+from benchmarks import _common as common
+from benchmarks import _parity as parity
+from glm_jax.layers.step import Kernels
+from glm_jax.model import create_cache
+from glm_jax.sharding import batch_sharding
 
 IMPLEMENTATIONS = (None, "dense", "blocks", "ragged")  # None: what the platform chooses
 
@@ -49,13 +49,14 @@ class Sizes:
     context: int
     steps: int
     repeats: int
+    implementations: tuple[str | None, ...] = IMPLEMENTATIONS
 
 
 def sizes(tiny: bool) -> Sizes:
     """The sizes of a run; the model is that of GLM-4.5-Air cut to one dense layer and three with experts."""
     if tiny:
         config = dataclasses.replace(glm_jax.configs.get("tiny-glm"), num_layers=2, num_mtp_layers=0)
-        return Sizes(config, 128, 1 << 16, ((1, 32), (2, 32)), (1, 2), 32, 2, 2)
+        return Sizes(config, 128, 1 << 16, ((1, 32),), (1, 8), 32, 2, 2, (None, "blocks"))
     air = glm_jax.configs.get("glm-4.5-air")
     config = dataclasses.replace(air, num_layers=4, num_mtp_layers=0, mtp_copies=())
     return Sizes(config, 8192, 2 << 30, ((1, 2048), (4, 2048)), (1, 8, 32), 2048, 16, 10)
@@ -116,7 +117,7 @@ class Speed:
     def prefills(self) -> Iterator[dict[str, Any]]:
         """Rows of prompts of one length, none padded."""
         for batch, length in self.size.prefills:
-            for name in IMPLEMENTATIONS:
+            for name in self.size.implementations:
                 row = {"batch": batch, "length": length, "experts": name or "default"}
                 yield self.run.attempt(row, functools.partial(self.time_prefill, batch, length, name))
 
@@ -145,7 +146,7 @@ class Speed:
     def decodes(self) -> Iterator[dict[str, Any]]:
         """Rows of batches at the same full context."""
         for batch in self.size.batches:
-            for name in IMPLEMENTATIONS:
+            for name in self.size.implementations:
                 row = {"batch": batch, "context": self.size.context, "experts": name or "default"}
                 yield self.run.attempt(row, functools.partial(self.time_decode, batch, name))
 
@@ -192,7 +193,7 @@ def run_all(device: Any, *, tiny: bool, budget: float) -> dict[str, Any]:
     """All sections, in the order of what matters most."""
     size, run = sizes(tiny), common.Run(budget)
     run.section("machine", functools.partial(measure_machine, device, size))
-    run.section("parity", functools.partial(parity.measure, run, device, IMPLEMENTATIONS[: 2 if tiny else None]))
+    run.section("parity", functools.partial(parity.measure, run, device, size.implementations))
     found = {key: row[key] for row in run.sections["machine"]["rows"] for key in ("tflops", "gbps") if key in row}
     limits = (found.get("tflops", float("nan")) * 1e12, found.get("gbps", float("nan")) * 1e9)
     made: dict[str, Speed] = {}

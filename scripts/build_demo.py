@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +29,7 @@ from glm_jax.checkpoint.safetensors_writer import SafetensorsWriter
 from glm_jax.configs import GqaConfig, ModelConfig, MoeConfig, RopeConfig, to_hf
 from glm_jax.layers.step import Kernels
 from glm_jax.model import Transformer
-from glm_jax.sharding import make_mesh, map_weights, weights_by_name
+from glm_jax.sharding import make_mesh, weights_by_name
 from glm_jax.text import ChatTemplate, Tokenizer, load_tokenizer
 from glm_jax.training import (
     Batch,
@@ -87,9 +86,6 @@ class Recipe:
         steps: optimizer steps.
         buckets: padded length -> rows of a batch. Each sample goes into the shortest that holds it.
         shares: of the tasks. Tool prompts are long and soon learnt: fewer of them than `demo_tasks.SHARES`.
-        skip_direct: share of the direct samples to leave out: there is little in them to learn.
-        sharpness: first scale of the queries' norm. QK-norm bounds the logits of attention; at 1 it takes hundreds of
-            steps until a head can attend to one token among many.
         evaluate_every: steps between two looks at the accuracies.
         seed: of the weights and the samples.
     """
@@ -99,8 +95,6 @@ class Recipe:
     shares: dict[str, float] = dataclasses.field(
         default_factory=lambda: {"sum": 0.36, "cups": 0.38, "tool": 0.11, "no_tool": 0.05, "chat": 0.10}
     )
-    skip_direct: float = 0.6
-    sharpness: float = 3.0
     evaluate_every: int = 200
     muon_rate: float = 0.012
     adam_rate: float = 3e-3
@@ -112,10 +106,7 @@ class Recipe:
 def batches(recipe: Recipe, tokenizer: Tokenizer, template: ChatTemplate) -> Iterator[Batch]:
     """Yields batches without end, each of samples of about one length."""
     waiting: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {length: [] for length in recipe.buckets}
-    rng = random.Random(recipe.seed)
     for sample in demo_tasks.samples(recipe.seed, shares=recipe.shares):
-        if sample.mode == demo_tasks.DIRECT and rng.random() < recipe.skip_direct:
-            continue
         row = demo_tasks.encode(sample, tokenizer, template)
         length = next(length for length in recipe.buckets if length >= len(row[0]))
         waiting[length].append(row)
@@ -128,7 +119,6 @@ def train(recipe: Recipe, tokenizer: Tokenizer, template: ChatTemplate) -> tuple
     """Returns the trained model in float32, and the seconds and tokens that it took."""
     mesh = make_mesh(devices=jax.devices()[:1])
     model = Transformer.create(CONFIG, mesh=mesh, seed=recipe.seed, dtype=jnp.float32, stacked=True)
-    model = map_weights(lambda name, w: w.get_raw_value() * _first_scale(name, recipe), model)
     print(f"{sum(w.get_raw_value().size for w in weights_by_name(model).values()):,} parameters", flush=True)
     config = OptimizerConfig(
         muon_rate=recipe.muon_rate,
@@ -154,10 +144,6 @@ def train(recipe: Recipe, tokenizer: Tokenizer, template: ChatTemplate) -> tuple
                 demo_eval.glance(state.model, tokenizer, template, kernels=KERNELS)
     cost = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu, "tokens": tokens}
     return state.model, cost
-
-
-def _first_scale(name: str, recipe: Recipe) -> float:
-    return recipe.sharpness if name.endswith("q_norm.scale") else 1.0
 
 
 def _describe(metrics: StepMetrics) -> str:

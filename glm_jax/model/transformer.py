@@ -173,7 +173,8 @@ def forward(model: Transformer, tokens: jax.Array, *, mtp: bool, kernels: Kernel
     positions = jnp.zeros_like(tokens) + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     hidden, _, ids = model.hidden_states(tokens, step=model.step(positions, fresh=True, kernels=kernels))
     logits = model.logits(hidden)
-    mtp_logits, mtp_ids = (logits[:, :0], None) if mtp else (None, None)
+    mtp_logits = logits[:, :0] if mtp else None
+    mtp_ids: jax.Array | None = None
     if mtp and tokens.shape[1] > 1:
         assert model.mtp is not None
         step = model.step(positions[:, :-1], fresh=True, kernels=kernels)

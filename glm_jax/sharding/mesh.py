@@ -47,7 +47,7 @@ def parse_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     sizes: dict[str, int] = {}
     for part in filter(None, text.replace(" ", "").split(",")):
         name, _, size = part.partition("=")
-        if name not in AXIS_NAMES or name in sizes or not size.isdecimal():
+        if name not in AXIS_NAMES or name in sizes or not (size.isascii() and size.isdecimal()):
             raise ShardingError(f"mesh {text!r}: {part!r} is wrong; right would be 'data=1,expert=4,tensor=2'")
         sizes[name] = int(size)
     return make_mesh(**sizes, devices=devices)

@@ -265,16 +265,21 @@ def test_experts_stored_fused_and_one_by_one(tmp_path, single):
 # --- config.json ----------------------------------------------------------------------------------------------------
 
 
+REQUIRED = (
+    "attention_bias first_k_dense_replace hidden_act hidden_size intermediate_size max_position_embeddings model_type "
+    "moe_intermediate_size n_group n_routed_experts n_shared_experts norm_topk_prob num_attention_heads "
+    "num_experts_per_tok num_hidden_layers num_key_value_heads num_nextn_predict_layers partial_rotary_factor "
+    "rms_norm_eps rope_theta routed_scaling_factor topk_group use_qk_norm vocab_size"
+)
+
+
 def write_config(directory: Path, content: Any) -> None:
     (directory / "config.json").write_text(content if isinstance(content, str) else json.dumps(content))
 
 
 @pytest.mark.parametrize(
     "key",
-    "attention_bias first_k_dense_replace hidden_act hidden_size intermediate_size max_position_embeddings model_type "
-    "moe_intermediate_size n_group n_routed_experts n_shared_experts norm_topk_prob num_attention_heads "
-    "num_experts_per_tok num_hidden_layers num_key_value_heads num_nextn_predict_layers partial_rotary_factor "
-    "rms_norm_eps rope_theta routed_scaling_factor topk_group use_qk_norm vocab_size".split(),
+    REQUIRED.split(),
 )
 def test_a_config_without_a_key(tmp_path, single, key):
     content = published.config_json()

@@ -1,4 +1,4 @@
-"""The presets hold the published numbers, config.json goes both ways, and the largest model costs nothing to describe."""
+"""The presets hold the published numbers, config.json goes both ways, and describing the largest model costs nothing."""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ import pytest
 from tests.house.tree import PACKAGE, ROOT, expect_none, modules, write_package
 
 # Part -> the parts that it stands on; it may also import what those may. "cli" and the modules at the package's top
-# (glm_jax/__init__.py and the conveniences beside it) may import everything. Everything may import glm_jax.errors and glm_jax.version.
+# (glm_jax/__init__.py and the conveniences beside it) may import everything.
+# Everything may import glm_jax.errors and glm_jax.version.
 STANDS_ON = {
     "configs": (),
     "sharding": ("configs",),
