@@ -56,7 +56,7 @@ def sizes(tiny: bool) -> Sizes:
     """The sizes of a run; the model is that of GLM-4.5-Air cut to one dense layer and three with experts."""
     if tiny:
         config = dataclasses.replace(glm_jax.configs.get("tiny-glm"), num_layers=2, num_mtp_layers=0)
-        return Sizes(config, 128, 1 << 16, ((1, 32),), (1, 8), 32, 2, 2, (None, "blocks"))
+        return Sizes(config, 128, 1 << 16, ((1, 32),), (4, 8), 32, 2, 2, (None, "blocks"))
     air = glm_jax.configs.get("glm-4.5-air")
     config = dataclasses.replace(air, num_layers=4, num_mtp_layers=0, mtp_copies=())
     return Sizes(config, 8192, 2 << 30, ((1, 2048), (4, 2048)), (1, 8, 32), 2048, 16, 10)

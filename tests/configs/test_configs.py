@@ -1,4 +1,4 @@
-"""The presets hold the published numbers, config.json goes both ways, and describing the largest model costs nothing."""
+"""The presets hold the published numbers, config.json goes both ways, and describing the largest model is cheap."""
 
 from __future__ import annotations
 
