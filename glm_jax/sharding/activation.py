@@ -52,7 +52,7 @@ def local_call(
 
 
 def reshape(x: jax.Array, shape: Sequence[int], *, layout: Sequence[int | None]) -> jax.Array:
-    """Reshape without moving data between devices; `layout` names for each new dimension the old one whose split it has.
+    """Reshape in place on each device; `layout` names for each new dimension the old one whose split it has.
 
     Where dimensions of size 1 are split (over one device), jax cannot tell by itself where the split goes.
     """
