@@ -78,7 +78,7 @@ def save(
 
 def load(directory: Path, dtype: str = "float32") -> Any:
     """The model as transformers loads it."""
-    options = {"dtype": getattr(torch, dtype), "attn_implementation": "eager"}
+    options = {"dtype": getattr(torch, dtype), "attn_implementation": "eager", "experts_implementation": "eager"}
     return transformers.Glm4MoeForCausalLM.from_pretrained(directory, **options).eval()
 
 

@@ -27,7 +27,7 @@ def test_every_section_has_rows_and_no_failure(result):
     assert list(result["sections"]) == ["machine", "parity", "model", "decodes", "prefills", "generations"]
     assert all(section["rows"] and "error" not in section for section in result["sections"].values())
     assert result["failures"] == 0
-    assert json.loads(json.dumps(result)) == result
+    assert json.loads(json.dumps(result))["sections"] == result["sections"]
 
 
 def test_parity_holds_and_speeds_are_fractions(result):

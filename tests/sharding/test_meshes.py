@@ -243,15 +243,15 @@ def test_a_decode_step_sends_tokens_and_no_weights(checkpoint, mesh_of_sizes, si
 
 
 @pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "unrolled"])
-@pytest.mark.parametrize(
-    "sizes", [(1, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 8)], ids=lambda sizes: "x".join(map(str, sizes))
-)
-def test_a_decode_step_writes_the_cache_in_place(checkpoint, mesh_of_sizes, sizes, stacked):
+@pytest.mark.parametrize("batch", [8, 1])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 1, 8)], ids=["1x1x1", "2x2x2", "1x1x8"])
+def test_a_decode_step_writes_the_cache_in_place(checkpoint, mesh_of_sizes, sizes, batch, stacked):
+    """One sequence is a case of its own: XLA writes its row in another way, and has copied whole caches for it."""
     model = glm_jax.load(checkpoint, mesh=mesh_of_sizes(sizes), stacked=stacked)
-    compiled, cache_bytes = compiled_step(model, 8, 512)
+    compiled, cache_bytes = compiled_step(model, batch, 1024)
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes == cache_bytes
-    assert memory.temp_size_in_bytes < cache_bytes / 2
+    assert memory.temp_size_in_bytes < cache_bytes / 4
 
 
 def test_a_prefill_writes_the_cache_in_place(checkpoint, mesh_of_sizes):
