@@ -36,7 +36,7 @@ check: dev  ## lint, format, types and the rules of the house
 	$(VENV_PYTHON) -m mypy glm_jax
 	$(VENV_PYTHON) -m pytest -q tests/house
 
-bench: core  ## measure what a CPU can measure
+bench: dev  ## measure what a CPU can measure
 	$(VENV_PYTHON) benchmarks/cpu.py
 
 clean:  ## remove .venv, build outputs and caches

@@ -31,7 +31,7 @@ def teacher_forced(
     kernels = kernels or Kernels()
     batch, total = tokens.shape
     result = np.full((batch, total, model.config.vocab_size), np.nan, np.float32)
-    place = functools.partial(jax.device_put, device=batch_sharding(batch, model.mesh))
+    place = functools.partial(jax.device_put, device=batch_sharding(batch, model.mesh, model.rules))
     with jax.set_mesh(model.mesh):
         cache = create_cache(model, batch, total)
         longest = int(lengths.max())

@@ -65,8 +65,8 @@ def load(
     source = open_source(directory)
     mesh = default_mesh(source.config) if mesh is None else mesh
     stacked = platform_stacks(mesh) if stacked is None else stacked
-    model = runtime_model(source.config, mesh, dtype=dtype)
-    placed = with_shardings(in_form(model, stacked=stacked), mesh, rules)
+    model = runtime_model(source.config, mesh, dtype=dtype, rules=rules)
+    placed = with_shardings(in_form(model, stacked=stacked), mesh, model.rules)
     return map_weights(lambda name, weight: _place(source, name, weight.get_raw_value()), placed)
 
 

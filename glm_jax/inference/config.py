@@ -39,8 +39,10 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, low in (("max_new_tokens", 1), ("top_k", 0), ("seed", 0)):
             value = _integer(getattr(self, name), name)
-            if not low <= value <= MAX_INTEGER:
-                raise InputError(f"{name} must be an integer within {low}..{MAX_INTEGER}, not {value}")
+            if value < low:
+                raise InputError(f"{name} must be an integer of at least {low}, not {value}")
+            if value > MAX_INTEGER:
+                raise InputError(f"{name} must be an integer of at most {MAX_INTEGER}, not {value}")
             object.__setattr__(self, name, value)
         if not (_is_number(self.temperature) and 0 <= self.temperature < math.inf):
             raise InputError(f"temperature must be a finite number of at least 0, not {self.temperature!r}")

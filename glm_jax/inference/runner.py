@@ -53,7 +53,7 @@ class Runner:
         tokens = np.zeros((len(prompts), padded_length), np.int32)
         for row, prompt in zip(tokens, prompts, strict=True):
             row[: len(prompt)] = prompt
-        placed = jax.device_put((tokens, lengths), batch_sharding(len(prompts), self.mesh))
+        placed = jax.device_put((tokens, lengths), batch_sharding(len(prompts), self.mesh, self.model.rules))
         with jax.set_mesh(self.mesh):
             cache = create_cache(self.model, len(prompts), room)
             return self._programs.prefill(self._leaves, *placed, cache, sampler)

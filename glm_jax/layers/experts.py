@@ -71,7 +71,7 @@ def block_experts(
     experts = down_EDF.shape[0]
     tokens, choices = ids_TK.shape
     rows = tokens * choices
-    block = min(MAX_BLOCK_ROWS, max(1, 1 << (rows // experts).bit_length() - 1))
+    block = min(MAX_BLOCK_ROWS, 1 << max(1, rows // experts).bit_length() - 1)
     blocks = min(rows, rows // block + experts)
     order, counts = _sort_by_expert(ids_TK, experts)
     blocks_of_expert = -(-counts // block)

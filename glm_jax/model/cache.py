@@ -29,9 +29,7 @@ class Cache:
     mtp: KvCache | None
 
 
-def create_cache(
-    model: Transformer, batch: int, length: int, *, dtype: Any = None, mtp: bool = False, rules: Rules | None = None
-) -> Cache:
+def create_cache(model: Transformer, batch: int, length: int, *, dtype: Any = None, mtp: bool = False) -> Cache:
     """Return an empty cache for `batch` sequences of up to `length` tokens, on the model's mesh.
 
     The batch is split as `sharding.batch_axes` says, the heads as the kv heads; dtype is the weights' by default.
@@ -39,7 +37,7 @@ def create_cache(
     mesh = mesh_of(model)
     dtype = model.dtype if dtype is None else dtype
     build = functools.partial(
-        _layer_cache, model.config, batch=batch, length=length, dtype=dtype, mesh=mesh, rules=rules or Rules()
+        _layer_cache, model.config, batch=batch, length=length, dtype=dtype, mesh=mesh, rules=model.rules
     )
 
     def group_cache(group: Group | None) -> GroupCache:

@@ -67,6 +67,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ModelConfig):
         self.config = config
+        self.rules = Rules()  # of the placement; those of `create` and `load` stand here when the weights have values
         self.embedding = Embedding(config)
         self.dense = _group(config, config.num_dense_layers, experts=False)
         self.moe = _group(config, config.num_moe_layers, experts=True)
@@ -99,8 +100,8 @@ class Transformer(nnx.Module):
             ShardingError: the mesh does not divide the model.
         """
         mesh = default_mesh(config) if mesh is None else mesh
-        abstract = runtime_model(config, mesh, dtype=dtype)
-        placed = with_shardings(abstract, mesh, rules)
+        abstract = runtime_model(config, mesh, dtype=dtype, rules=rules)
+        placed = with_shardings(abstract, mesh, abstract.rules)
 
         with jax.set_mesh(mesh):
             key = jax.random.key(seed)
@@ -139,7 +140,7 @@ class Transformer(nnx.Module):
         tokens = check_tokens(tokens, self.config)
         mesh = self.mesh
         with jax.set_mesh(mesh):
-            placed = jax.device_put(tokens, batch_sharding(tokens.shape[0], mesh))
+            placed = jax.device_put(tokens, batch_sharding(tokens.shape[0], mesh, self.rules))
             return _forward_jit(self, placed, mtp=mtp, kernels=kernels)
 
     def hidden_states(
@@ -190,11 +191,13 @@ def _group(config: ModelConfig, count: int, *, experts: bool) -> DecoderLayer | 
     return stack.stack_abstract(DecoderLayer(config, experts=experts), count) if count else None
 
 
-def runtime_model(config: ModelConfig, mesh: Mesh, *, dtype: Any = None) -> Transformer:
-    """The abstract model that a run holds: without the MTP copies, in the run's dtype."""
+def runtime_model(config: ModelConfig, mesh: Mesh, *, dtype: Any = None, rules: Rules | None = None) -> Transformer:
+    """The abstract model that a run holds: without the MTP copies, in the run's dtype, with the run's rules."""
     platform = mesh.devices.flat[0].platform
     dtype = (jnp.float32 if platform == "cpu" else jnp.bfloat16) if dtype is None else dtype
-    return with_dtype(Transformer(dataclasses.replace(config, mtp_copies=())), dtype)
+    model = with_dtype(Transformer(dataclasses.replace(config, mtp_copies=())), dtype)
+    model.rules = rules or Rules()
+    return model
 
 
 def platform_stacks(mesh: Mesh) -> bool:

@@ -169,7 +169,6 @@ def test_rules_that_collide_are_refused(checkpoint, mesh_of_sizes, rules, words)
     assert "\n" not in str(caught.value)
 
 
-IGNORED = pytest.mark.xfail(reason="the cache and the batch are laid out by the default rules, not the model's own")
 OWN_RULES = {
     "replicated-vocab": Rules(vocab=()),
     "experts-over-two-axes": Rules(expert=("expert", "tensor"), mlp=()),
@@ -181,12 +180,7 @@ OWN_RULES = {
 }
 
 
-def own(name: str) -> Any:
-    ignored = name in ("no-tensor-parallel-attention", "heads-over-two-axes", "replicated")
-    return pytest.param(OWN_RULES[name], marks=[IGNORED] if ignored else [])
-
-
-@pytest.mark.parametrize("rules", [own(name) for name in OWN_RULES], ids=OWN_RULES)
+@pytest.mark.parametrize("rules", OWN_RULES.values(), ids=OWN_RULES)
 def test_own_rules_give_the_same_logits(checkpoint, single, mesh_of_sizes, rules):
     model = glm_jax.load(checkpoint, mesh=mesh_of_sizes((2, 2, 2)), rules=rules, stacked=True)
     check_equal(model, single, random_tokens(4, 9))
@@ -212,7 +206,7 @@ def compiled_step(model: Any, batch: int, room: int, *, length: int = 1) -> Any:
     """One compiled step of `length` tokens a sequence over a cache, and the bytes of the cache on one device."""
     with jax.set_mesh(model.mesh):
         cache = create_cache(model, batch, room)
-        tokens = jax.device_put(np.zeros((batch, length), np.int32), batch_sharding(batch, model.mesh))
+        tokens = jax.device_put(np.zeros((batch, length), np.int32), batch_sharding(batch, model.mesh, model.rules))
         compiled = decoding.run.lower(model, tokens, tokens, cache, fresh=length > 1, kernels=DENSE).compile()
     return compiled, sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(cache))
 
@@ -262,9 +256,6 @@ def test_a_prefill_writes_the_cache_in_place(checkpoint, mesh_of_sizes):
 # --- the implementations of the experts -----------------------------------------------------------------------------
 
 
-FEW_ROWS = pytest.mark.xfail(reason="block_experts shifts by a negative count where there are fewer rows than experts")
-
-
 def routed_tokens(tokens: int, *, experts: int = 8, choices: int = 3, seed: int = 0) -> tuple[np.ndarray, ...]:
     """Tokens [8, T/8 or so, D] with choices that leave experts idle, and others crowded."""
     rng = np.random.default_rng(seed)
@@ -286,9 +277,7 @@ def by_numpy(x: np.ndarray, ids: np.ndarray, weights: np.ndarray, gate_up: np.nd
 
 @pytest.mark.parametrize("tokens", [1, 5, 64])
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_implementations_agree_on_one_device(request, name, tokens):
-    if name == "blocks" and tokens == 1:
-        request.applymarker(FEW_ROWS)
+def test_implementations_agree_on_one_device(name, tokens):
     for seed in range(2):
         x, ids, weights, gate_up, down = routed_tokens(tokens, seed=seed)
         run = jax.jit(lambda *a: run_experts(*a[:3], gate_up=a[3], down=a[4], experts=IMPLEMENTATIONS[name]))
@@ -298,9 +287,7 @@ def test_implementations_agree_on_one_device(request, name, tokens):
 
 @pytest.mark.parametrize("sizes", [*MESHES.values(), (1, 1, 1)], ids=[*MESHES, "1x1x1"])
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_implementations_agree_in_a_shard_map(request, name, mesh_of_sizes, sizes):
-    if name == "blocks" and sizes == (8, 1, 1):
-        request.applymarker(FEW_ROWS)
+def test_implementations_agree_in_a_shard_map(name, mesh_of_sizes, sizes):
     mesh = mesh_of_sizes(sizes)
     x, ids, weights, gate_up, down = routed_tokens(16)
 
