@@ -31,7 +31,6 @@ STRIP_ROWS = (2, 4, 8)  # buckets multiplied by strips
 STRIP_WIDTH = 16  # columns of the narrowest strip: one 512-bit register of float32
 MAX_STRIPS = 32  # strips of a product: bounds the code that is compiled; the partial sums are 1/32 of the work
 MIN_STRIP_BYTES = 1 << 18  # an expert's matrix below this stays in the cache, copy and all
-FINE_MEAN = 32  # mean rows of an expert from which the buckets around it are an eighth of it apart
 MAX_FEW_TOKENS = 64  # up to here all strip buckets are compiled
 
 
@@ -108,15 +107,11 @@ def _many_tokens(
 def _buckets(tokens: int, mean: int) -> tuple[int, ...]:
     """Row counts that are compiled: an expert of n rows runs in the smallest that holds n. The last holds all tokens.
 
-    Powers of two, and around the mean rows of an expert, where most experts are, finer ones: what a bucket is too
-    large by is wasted work. Each costs compile time: long prompts, which rarely leave an expert a handful of rows, go
-    without the smallest.
+    Powers of two, and one between two of them around the mean rows of an expert, where most experts are. Each costs
+    compile time: long prompts, which rarely leave an expert a handful of rows, go without the smallest.
     """
     powers = [1 << i for i in range(1, max(2, tokens).bit_length() + 1)]
-    if mean < FINE_MEAN:
-        between = [3 * power // 4 for power in powers if power > STRIP_ROWS[-1] and mean <= power <= 4 * mean]
-    else:
-        between = list(range(mean // 2, 3 * mean // 2 + 1, mean // 8))
+    between = [3 * power // 4 for power in powers if power > STRIP_ROWS[-1] and mean <= power <= 4 * mean]
     low = STRIP_ROWS[0] if tokens <= MAX_FEW_TOKENS else STRIP_ROWS[-1]
     sizes = sorted(size for size in {*powers, *between} if size >= low)
     return tuple(sizes[: next(i for i, rows in enumerate(sizes) if rows >= tokens) + 1])
