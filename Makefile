@@ -1,12 +1,15 @@
 # Everything a checkout can do. It needs Python 3.11 or 3.12, make and bash, and keeps what it installs in .venv.
 
 PYTHON ?= python3
+AOT_PYTHON ?= python3.12
+COMPILERS ?= tpu cuda
+ROWS ?= *
 PYTEST_ARGS ?=
 VENV_PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help core dev demo test test-all check bench clean
+.PHONY: help core dev demo test test-all check bench aot clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
@@ -14,6 +17,7 @@ help:  ## show this list
 	@echo
 	@echo "  PYTHON=python3.12         the Python that .venv is made with (3.11 or 3.12)"
 	@echo "  PYTEST_ARGS='-k moe'    more arguments for pytest"
+	@echo "  ROWS='air-*,kimi-*'     of make aot, by name; COMPILERS=tpu or cuda for one of both"
 
 core:  ## install the package into .venv
 	@bash scripts/environment.sh core "$(PYTHON)" "$(origin PYTHON)"
@@ -39,7 +43,13 @@ check: dev  ## lint, format, types and the rules of the house
 bench: dev  ## measure what a CPU can measure
 	$(VENV_PYTHON) benchmarks/cpu.py
 
-clean:  ## remove .venv, build outputs and caches
-	@echo "removing .venv, build outputs and caches"
-	@rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
+aot:  ## compile the models at real size for TPUs and GPUs that are not here, into docs/scale.md
+	@set -e; for compiler in $(COMPILERS); do \
+	  bash scripts/environment.sh aot-$$compiler "$(AOT_PYTHON)" "$(origin AOT_PYTHON)"; \
+	  .venv-aot-$$compiler/bin/python benchmarks/aot.py --rows '$(ROWS)'; \
+	done
+
+clean:  ## remove the environments, build outputs and caches
+	@echo "removing the environments, build outputs and caches"
+	@rm -rf .venv .venv-aot-tpu .venv-aot-cuda build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
 	@find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,7 +6,7 @@ The model is GLM-4.5's architecture at 200M parameters (8 layers of width 512, 6
 is made by transformers, saved, and loaded by both. Timed are a prefill of 1 x 512 tokens and decode steps of batches
 of 1, 8 and 32 sequences, each from a prompt of 128 tokens; greedy, the choice of the token included. transformers runs
 a loop written by hand (faster than `generate`) over a DynamicCache, with sdpa attention, in float32 and bfloat16, each
-with its grouped and its eager experts; glm_jax runs in float32, as it does on any CPU.
+with its grouped and its eager experts; glm_jax runs its own generation in both dtypes.
 
 Single times on a shared machine mean little. All rivals take turns within a round, rounds repeat, and what counts is
 the ratio of medians, or of minima, of the same run.
@@ -25,6 +25,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 import numpy as np

@@ -95,7 +95,7 @@ def plan_source(
         slot = canonical.get(name) or fused.get(name)
         if slot is None:
             if name not in junk:
-                _note_unknown(name, canonical, quantization, problems=problems)
+                _note_unknown(name, canonical, fused, quantization=quantization, problems=problems)
             continue
         if tuple(header.shape) != slot.shape:
             problems.add("of the wrong shape", f"{name} is {list(header.shape)}, should be {list(slot.shape)}")
@@ -119,8 +119,16 @@ _UNDECLARED = "quantised although config.json has no quantization_config"
 
 
 def _note_unknown(
-    name: str, canonical: Mapping[str, Slot], quantization: Quantization | None, *, problems: Problems
+    name: str,
+    canonical: Mapping[str, Slot],
+    fused: Mapping[str, Slot],
+    *,
+    quantization: Quantization | None,
+    problems: Problems,
 ) -> None:
+    if any(name.endswith(suffix) and name.removesuffix(suffix) in fused for suffix in _QUANTIZED_SUFFIXES):
+        problems.add("of quantised experts in one tensor, which is not supported; one for each expert is", name)
+        return
     part = any(name.endswith(suffix) and name.removesuffix(suffix) in canonical for suffix in _QUANTIZED_SUFFIXES)
     problems.add(_UNDECLARED if part and quantization is None else "not known to this architecture", name)
 

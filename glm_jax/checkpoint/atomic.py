@@ -95,6 +95,8 @@ def partial_path(target: str | os.PathLike[str], tag: str) -> Path:
 
 def check_target(target: str | os.PathLike[str]) -> Path:
     """The resolved `target`, which does not exist yet or is an empty directory; else CheckpointError."""
+    if "://" in os.fspath(target):
+        raise CheckpointError(f"{target}: is a URL; checkpoints are written to a disk, name a directory")
     final = Path(os.path.realpath(target))
     with reporting_os_errors(final):
         if not final.name:

@@ -1,9 +1,10 @@
 """Hugging Face safetensors -> the one Orbax layout, chunk by chunk, by threads and processes, resumable.
 
-The source is accounted for before a byte is written. Then each chunk (one layer by one expert) is read through the
-memory map, hashed and written; orientation is the same on both sides, so this is a copy. Quantised matrices become
-bfloat16 on the way, or are copied as they are; others are quantised on the way where that is asked for. Memory stays at
-a few chunks. A killed conversion goes on where it stopped, and the final name appears only when everything is there.
+The source is accounted for before a byte is written. Then each chunk (one layer by one expert) is read, hashed and
+written; orientation is the same on both sides, so this is a copy. Quantised matrices become bfloat16 on the way, or are
+copied as they are; others are quantised on the way where that is asked for. Memory stays at a few chunks. A killed
+conversion goes on where it stopped, and the final name appears only when everything is there. What is written depends
+on what the source holds and on nothing else: not on where it lies, nor on when.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
+import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,25 @@ import numpy as np
 
 from glm_jax.checkpoint import quantize as quantizing
 from glm_jax.checkpoint.atomic import check_target
+from glm_jax.checkpoint.files import Directory, File, is_url
 from glm_jax.checkpoint.journal import Shard, digest
 from glm_jax.checkpoint.layout import Layout, Unit, plan_layout
+from glm_jax.checkpoint.names import Slot
 from glm_jax.checkpoint.orbax_io import OrbaxWriter
 from glm_jax.checkpoint.orbax_source import ASSETS, LAYOUT_VERSION, MANIFEST, Manifest, TensorRecord
 from glm_jax.checkpoint.quantize import ArrayWriter, Loss, quantize_unit
+from glm_jax.checkpoint.quantized import Index
 from glm_jax.checkpoint.resume import Progress, default_threads, resumable_directory
 from glm_jax.checkpoint.safetensors import NUMPY_DTYPES
-from glm_jax.checkpoint.source import HfSource
+from glm_jax.checkpoint.source import Files, HfArrays, HfSource
 from glm_jax.errors import CheckpointError, InputError
 from glm_jax.version import VERSION
 
 DEQUANTIZE, KEEP = QUANTIZED = ("dequantize", "keep")
-_HASH_BYTES = 16 * 2**20  # of a tensor, after which its pages are given back
+_PIECE_BYTES = 16 * 2**20  # hashed or copied at a time
 _ASSET_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
 _MAX_ASSET_BYTES = 256 * 2**20
+_NO_TIME = 0  # in place of the time at which the checkpoint was written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +81,8 @@ def convert(
     tokenizer and template files go along. Killed and started again it goes on, and the result has the same bytes.
 
     Args:
-        source: directory with config.json and safetensors, one file or shards with an index.
+        source: directory with config.json and safetensors, one file or shards with an index; or a URL of one that
+            fsspec knows, such as gs://bucket/GLM-4.5 (with the extra `remote`, `gcs` or `s3`).
         target: a directory that does not exist, or is empty.
         quantized: what becomes of quantised matrices (FP8, int4): "dequantize" makes them bfloat16; "keep" copies
             values and scales, so that an export has the source's bytes again.
@@ -89,24 +95,23 @@ def convert(
         progress: called with the bytes done and the bytes in all.
 
     Raises:
-        CheckpointError: the source is not complete or not consistent, or changed since the conversion was begun; the
-            target is taken, inside the source, or cannot be written, or another process works on it; or a weight is
-            quantised in part, and cannot be kept.
+        CheckpointError: the source is not complete or not consistent, cannot be read, or changed since the conversion
+            was begun; the target is taken, inside the source, or cannot be written, or another process works on it; or
+            a weight is quantised in part, and cannot be kept.
         ConfigError: the architecture or the quantisation is not supported.
         InputError: an argument has none of its values.
     """
     started = time.monotonic()
     share = Shard.parse(shard) if isinstance(shard, str) else shard
     hf, layout, notes = _plan(source, target, quantized=quantized, quantize=quantize)
-    with resumable_directory(target, _identity(Path(source), hf, layout), share) as work:
+    with resumable_directory(target, _identity(hf, layout), share) as work:
         work.check_space(layout.units)
-        stamp = max(path.stat().st_mtime_ns for path in _files(hf))  # the same in every run, as all that is written
-        writer = OrbaxWriter(work.path, layout.arrays, resume=True, timestamp_ns=stamp)
+        writer = OrbaxWriter(work.path, layout.arrays, resume=True, timestamp_ns=_NO_TIME)
         conversion = Conversion(hf, layout, writer)
 
         def finish(done: dict[str, Any]) -> None:
             writer.close()
-            conversion.complete(Path(source), work.path, done)
+            conversion.complete(work.path, done)
             if verified:
                 from glm_jax.checkpoint.verify import check_equal  # which puts the source into the layout by this file
 
@@ -130,7 +135,7 @@ def _plan(
         raise InputError("quantized='keep' keeps the source's form and quantize makes another; give one of the two")
     method = None if quantize is None else quantizing.method(quantize)
     check_target_beside(source, target)
-    if not Path(source).is_dir():
+    if not is_url(source) and not Path(source).is_dir():
         raise CheckpointError(f"{source} is not a directory; the source is a Hugging Face checkpoint directory")
     hf = HfSource(source)
     made, notes = ({}, list[str]()) if method is None else quantizing.choose(hf.config, method)
@@ -143,7 +148,7 @@ def _plan(
 def check_target_beside(source: str | Path, target: str | Path) -> None:
     """Raise CheckpointError unless `target` is free and not inside `source`, which is to stay as it is."""
     final = check_target(target)
-    if final.is_relative_to(Path(source).resolve()):
+    if not is_url(source) and final.is_relative_to(Path(source).resolve()):
         raise CheckpointError(f"{target}: lies inside the source {source}; name a directory outside it")
 
 
@@ -155,24 +160,22 @@ class Conversion:
 
     def process(self, unit: Unit) -> dict[str, Any]:
         """Hash and write the tensors of a unit; returns the note of it."""
-        form = self._layout.form
-        names = dict.fromkeys(
-            stored for box in unit.boxes for name, _ in form.tensors_in(unit.array, box) for stored in form.stored(name)
-        )
-        note: dict[str, Any] = {"tensors": {name: self._record(name) for name in names}}
+        reads = _HashedReads(self._hf.files, self._layout.form)
+        note: dict[str, Any] = {}
         if unit.array in self._layout.made:
             layout, slot = self._layout.made[unit.array]
-            lost = quantize_unit(form, self._writer, unit.array, unit.boxes[0], layout=layout, slot=slot)
+            lost = Loss(0.0, 0.0)
+            for box in unit.boxes:
+                lost += quantize_unit(reads, self._writer, unit.array, box, layout=layout, slot=slot)
             note |= {"weight": unit.array, "loss": [lost.difference, lost.square]}
         else:
             dtype = NUMPY_DTYPES_BY_NAME[self._layout.arrays[unit.array].dtype]
             for box in unit.boxes:
-                self._writer.write(unit.array, box, form.read(unit.array, box).astype(dtype, copy=False))
-                for name in names:
-                    self._hf.files.drop(name)
-        return note
+                self._writer.write(unit.array, box, reads.read(unit.array, box).astype(dtype, copy=False))
+                reads.drop(unit.array, box)
+        return {"tensors": reads.records(), **note}
 
-    def complete(self, source: Path, partial: Path, done: Mapping[str, Any]) -> None:
+    def complete(self, partial: Path, done: Mapping[str, Any]) -> None:
         """Write what makes a checkpoint of the arrays: the manifest and the files beside the tensors."""
         records, _ = _gather(self._hf, done.values())
         source_layout = next(iter(self._hf.plan.quantized.values()), None)
@@ -185,18 +188,51 @@ class Conversion:
             kept=dict(sorted(kept.items())),
         )
         (partial / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1), encoding="utf-8")
-        _copy_assets(source, partial / ASSETS)
+        _copy_assets(self._hf.directory, partial / ASSETS)
 
-    def _record(self, name: str) -> tuple[str, str]:
-        """A tensor's dtype and sha256, read in pieces, which the operating system then has at hand for the copy."""
-        tensor = self._hf.files.read(name).reshape(-1).view(np.uint8)
-        self._hf.files.prefetch(name)
-        summed = hashlib.sha256()
-        for start in range(0, len(tensor), _HASH_BYTES):
-            summed.update(tensor[start : start + _HASH_BYTES].data)
-            if len(tensor) > 4 * _HASH_BYTES:
-                self._hf.files.drop(name)
-        return self._hf.files.tensors[name].dtype, summed.hexdigest()
+
+class _HashedReads:
+    """Reads arrays as `form` does, and hashes the bytes of their tensors as they come: each byte is read once.
+
+    What is read is to come in the order of each tensor's bytes, and to be all of it.
+    """
+
+    def __init__(self, files: Files, form: HfArrays) -> None:
+        self._files, self._form = files, form
+        self._sums: dict[str, Any] = {}
+        self._hashed: dict[str, int] = {}
+
+    def read(self, array: str, index: Index) -> np.ndarray:
+        """As `HfArrays.read`."""
+        runs = list(self._form.runs(array, index))
+        for run in runs:
+            self._files.prefetch(run.tensor, run[1:])
+        for run in runs:
+            self._hash(run.tensor, run.stop)
+        return self._form.read(array, index)
+
+    def tensors_in(self, array: str, index: Index) -> list[tuple[str, Slot]]:
+        """As `HfArrays.tensors_in`."""
+        return self._form.tensors_in(array, index)
+
+    def drop(self, array: str, index: Index) -> None:
+        """Give back what reading `array[index]` brought into memory."""
+        for run in self._form.runs(array, index):
+            self._files.drop(run.tensor, run[1:])
+
+    def records(self) -> dict[str, tuple[str, str]]:
+        """Dtype and sha256 of every tensor that was read."""
+        for name in self._sums:
+            self._hash(name, self._files.tensors[name].size)
+        return {name: (self._files.tensors[name].dtype, summed.hexdigest()) for name, summed in self._sums.items()}
+
+    def _hash(self, name: str, stop: int) -> None:
+        """Go on hashing a tensor up to its element number `stop`."""
+        summed, step = self._sums.setdefault(name, hashlib.sha256()), self._files.tensors[name].itemsize
+        for start in range(self._hashed.get(name, 0), stop, _PIECE_BYTES // step):
+            part = self._files.read(name, (start, min(start + _PIECE_BYTES // step, stop)))
+            summed.update(part.view(np.uint8).data)
+        self._hashed[name] = max(stop, self._hashed.get(name, 0))
 
 
 NUMPY_DTYPES_BY_NAME = {dtype.name: dtype for dtype in NUMPY_DTYPES.values()}
@@ -218,35 +254,48 @@ def _gather(hf: HfSource, notes: Iterable[Mapping[str, Any]]) -> tuple[dict[str,
     for name in hf.plan.quantized:  # what no array is made of: the tensors that repeat a shape
         for stored in hf.plan.stored(name):
             if stored not in found:
-                found[stored] = TensorRecord(hf.files.tensors[stored].dtype, sha256_of(hf.files.read(stored)))
+                found[stored] = TensorRecord(hf.files.tensors[stored].dtype, sha256_of(hf.repeated[stored]))
     return dict(sorted(found.items())), losses
 
 
-def _identity(source: Path, hf: HfSource, layout: Layout) -> dict[str, Any]:
+def _identity(hf: HfSource, layout: Layout) -> dict[str, Any]:
     """What a conversion is: its files as they are now, and all that decides what is written."""
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in _files(hf)]
-    config = hashlib.sha256((source / "config.json").read_bytes()).hexdigest()
+    files = [(name, opened.file.size, opened.file.version) for name, opened in hf.files.files.items()]
     arrays = {name: (spec.shape, spec.dtype, spec.chunk) for name, spec in layout.arrays.items()}
     formats = {name: form.to_json() for name, form in layout.kept.items()}
     formats |= {name: form.to_json() for name, (form, _) in layout.made.items()}
     return {
-        "source": digest([sorted(files), config]),
+        "source": digest([files, hashlib.sha256(hf.config_json).hexdigest()]),
         "layout": digest([LAYOUT_VERSION, sorted(arrays.items())]),
         "quantisation": digest(sorted(formats.items())),
     }
 
 
-def _files(hf: HfSource) -> list[Path]:
-    return sorted({tensor.file for tensor in hf.files.tensors.values()})
+def assets_of(directory: Directory) -> Iterator[tuple[str, File]]:
+    """Config, tokenizer and template files of a source, by their names.
+
+    Raises:
+        CheckpointError: one of them cannot be opened.
+    """
+    wanted = [
+        name
+        for name in directory.names()
+        if os.path.splitext(name)[1] in _ASSET_SUFFIXES and not name.endswith(".safetensors.index.json")
+    ]
+    for name, file in directory.find(wanted).items():
+        if isinstance(file, CheckpointError):
+            raise file
+        if file.size <= _MAX_ASSET_BYTES:
+            yield name, file
 
 
-def _copy_assets(source: Path, target: Path) -> None:
-    """Copy config, tokenizer and template files, so that the checkpoint stands by itself."""
+def _copy_assets(source: Directory, target: Path) -> None:
+    """Copy the files beside the tensors, so that the checkpoint stands by itself."""
     target.mkdir(exist_ok=True)
-    for path in sorted(source.iterdir()):
-        wanted = path.suffix in _ASSET_SUFFIXES and not path.name.endswith(".safetensors.index.json")
-        if wanted and path.is_file() and path.stat().st_size <= _MAX_ASSET_BYTES:
-            shutil.copyfile(path, target / path.name)
+    for name, file in assets_of(source):
+        with open(target / name, "wb") as copy:
+            for start in range(0, file.size, _PIECE_BYTES):
+                copy.write(file.fetch(start, min(start + _PIECE_BYTES, file.size)))
 
 
 def _notes(hf: HfSource, records: dict[str, TensorRecord]) -> tuple[str, ...]:
@@ -254,7 +303,7 @@ def _notes(hf: HfSource, records: dict[str, TensorRecord]) -> tuple[str, ...]:
     if hf.plan.junk:
         notes.append(f"{len(hf.plan.junk)} superfluous tensors passed over, such as {hf.plan.junk[0]}")
     if hf.files.unlisted:
-        names = ", ".join(path.name for path in hf.files.unlisted)
+        names = ", ".join(Path(place).name for place in hf.files.unlisted)
         notes.append(f"files that the index does not name were not read: {names}")
     by_weight = {slot.weight: name for name, slot in hf.plan.slots.items()}
     for kind in hf.config.mtp_copies:

@@ -14,6 +14,7 @@ import math
 import os
 import tempfile
 import time
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,19 @@ from glm_jax import configs
 from glm_jax.checkpoint import quantize as quantizing
 from glm_jax.checkpoint.atomic import check_free_space, free_bytes
 from glm_jax.checkpoint.convert import DEQUANTIZE, KEEP, check_target_beside
+from glm_jax.checkpoint.files import is_url, open_directory
 from glm_jax.checkpoint.layout import plan_layout
 from glm_jax.checkpoint.quantization_config import quantization_config
 from glm_jax.checkpoint.quantized import Fp8
 from glm_jax.checkpoint.safetensors import TensorInfo
 from glm_jax.checkpoint.safetensors_dir import SafetensorsDir
-from glm_jax.checkpoint.source import HfSource
-from glm_jax.configs.hf import read_config_json
+from glm_jax.checkpoint.source import Files, HfSource, read_config_bytes
+from glm_jax.configs.hf import parse_config_json, read_config_json
 from glm_jax.errors import CheckpointError, Error
 
 _PROBE_BYTES = 32 * 2**20
+_WRONG_LIST = (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+_MAX_LIST_BYTES = 256 * 2**20
 _BLOCK = 128  # of the published FP8 checkpoints, whose lists of tensors come without a config.json
 
 
@@ -46,7 +50,8 @@ class DryRun:
         arrays: number of arrays.
         files: number of chunks, each a file.
         free: bytes free where the target would lie; None if that is not known or no target was named.
-        rate: bytes a second that can be hashed and written durably there, measured with a small file; None if not.
+        rate: bytes a second that can be read from the source, hashed, and written durably there: whichever is less,
+            measured with some megabytes; None if not.
         notes: sentences about decisions.
         problems: everything that would stop it, found in one go; empty if nothing would.
     """
@@ -76,11 +81,11 @@ class TensorList:
 
     unlisted = ()
     missing = 0
+    files: Mapping[str, Any] = {}
 
     def __init__(self, path: Path) -> None:
         try:
-            content = path.read_bytes()
-            items = json.loads(gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content)
+            items = json.loads(_content(path))
             self.tensors = {
                 str(name): TensorInfo(str(name), entry["dtype"], tuple(entry["shape"]), Path(entry["file"]), 0, 0)
                 for name, entry in items.items()
@@ -88,9 +93,29 @@ class TensorList:
             if not all(type(size) is int and size >= 0 for tensor in self.tensors.values() for size in tensor.shape):
                 raise ValueError("a shape is no list of sizes")
             self.nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
-        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (
+            OSError,
+            EOFError,
+            zlib.error,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             line = f"{path} is no list of tensors with shape, dtype and file: {type(error).__name__}: {error}"
             raise CheckpointError(line) from None
+
+
+def _content(path: Path) -> bytes:
+    """The content of a list, unpacked if it is gzipped, and of bounded length."""
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    with gzip.open(path) if packed else open(path, "rb") as file:
+        content = file.read(_MAX_LIST_BYTES + 1)
+    if len(content) > _MAX_LIST_BYTES:
+        raise ValueError(f"more than {_MAX_LIST_BYTES} bytes")
+    return content
 
 
 def dry_run(
@@ -104,7 +129,7 @@ def dry_run(
     """Plan a conversion and collect what is wrong, without writing it.
 
     Args:
-        source: a Hugging Face directory, its files whole or only their headers, or a list of tensors.
+        source: a Hugging Face directory (a path or a URL), its files whole or only their headers, or a list of tensors.
         target: where it would go.
         config: a known model's name, or a config.json or its directory; by default the source's own.
         quantized: as for `convert`.
@@ -112,9 +137,9 @@ def dry_run(
     """
     problems: list[str] = []
     notes: list[str] = []
-    plan = DryRun()
+    plan, hf = DryRun(), None
     try:
-        hf = _source(Path(source), config)
+        hf = _source(source, config)
         made, more = ({}, []) if quantize is None else quantizing.choose(hf.config, quantizing.method(quantize))
         notes += [*hf.plan.notes, *more]
         layout = plan_layout(hf, keep=quantized == KEEP, made=made)
@@ -136,17 +161,22 @@ def dry_run(
     if target is not None:
         try:
             check_target_beside(source, target)
-            free, rate = free_bytes(target), _measure(Path(target))
+            free, rate = free_bytes(target), _measure(Path(target), hf)
             check_free_space(target, plan.bytes_out)
         except Error as error:
             problems.append(str(error))
     return dataclasses.replace(plan, free=free, rate=rate, notes=tuple(notes), problems=tuple(problems))
 
 
-def _source(source: Path, config: str | Path | None) -> HfSource:
-    if source.is_dir():
-        content = read_config_json(source) if config is None else _config(config)
-        return HfSource.of_headers(content, SafetensorsDir(source, complete=False))
+def _source(place: str | Path, config: str | Path | None) -> HfSource:
+    source = Path(place)
+    if is_url(place) or source.is_dir():
+        directory = open_directory(place)
+        if config is None:
+            content = parse_config_json(read_config_bytes(directory), directory.at("config.json"))
+        else:
+            content = dict(_config(config))
+        return HfSource.of_headers(content, SafetensorsDir(directory, complete=False))
     if not source.is_file():
         raise CheckpointError(f"{source} is neither a Hugging Face directory nor a list of tensors")
     files = TensorList(source)
@@ -154,7 +184,7 @@ def _source(source: Path, config: str | Path | None) -> HfSource:
         raise CheckpointError(
             f"{source} is a list of tensors, which needs a config beside it: a model's name or a file"
         )
-    content = _config(config)
+    content = dict(_config(config))
     if "quantization_config" not in content and any(name.endswith("_scale_inv") for name in files.tensors):
         content = {**content, "quantization_config": quantization_config(Fp8(_BLOCK, _BLOCK, "_scale_inv"), [])}
     return HfSource.of_headers(content, files)
@@ -173,7 +203,29 @@ def _chunks(shape: tuple[int, ...], chunk: tuple[int, ...]) -> int:
     return math.prod(-(-size // part) for size, part in zip(shape, chunk, strict=True))
 
 
-def _measure(target: Path) -> float | None:
+def _measure(target: Path, hf: HfSource | None) -> float | None:
+    """Bytes a second from the source to near the target; None where that is not possible."""
+    written = _write_rate(target)
+    read = None if hf is None or hf.files.missing else _read_rate(hf.files)
+    return min(written, read) if written is not None and read is not None else written
+
+
+def _read_rate(files: Files) -> float | None:
+    """Bytes a second that are read from the middle of the largest file."""
+    file = max((opened.file for opened in files.files.values()), key=lambda file: file.size, default=None)
+    if file is None:
+        return None
+    begin, count = file.size // 2, min(_PROBE_BYTES, file.size // 8)
+    if count == 0:
+        return None
+    started = time.perf_counter()
+    file.prefetch(begin, begin + count)
+    file.view(begin, begin + count).tobytes()
+    file.drop(begin, begin + count)
+    return count / (time.perf_counter() - started)
+
+
+def _write_rate(target: Path) -> float | None:
     """Bytes a second that are hashed and written durably near the target; None where that is not possible."""
     place = target.absolute().parent
     while not place.is_dir() and place != place.parent:

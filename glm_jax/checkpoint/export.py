@@ -29,6 +29,7 @@ from glm_jax.checkpoint.quantized import DEQUANTIZED, FLOAT_DTYPES, Format, Inde
 from glm_jax.checkpoint.resume import Progress, default_threads, resumable_directory
 from glm_jax.checkpoint.safetensors import NUMPY_DTYPES, TensorSpec, dtype_name
 from glm_jax.checkpoint.safetensors_writer import SafetensorsWriter
+from glm_jax.checkpoint.text_part import text_config
 from glm_jax.configs import to_hf
 from glm_jax.configs.hf import read_config_json, write_config_json
 from glm_jax.errors import CheckpointError, InputError
@@ -266,7 +267,7 @@ class _Held:
 def _config(checkpoint: OrbaxSource, assets: Path, layout: Format | None, exempt: list[str]) -> dict[str, Any]:
     """config.json: the source's own, with what is quantised now."""
     if (assets / "config.json").exists():
-        content = read_config_json(assets)
+        content = dict(text_config(read_config_json(assets)))
     else:
         dtype = next(
             np.dtype(checkpoint.arrays.spec(name).dtype).name

@@ -1,8 +1,9 @@
 """What is done of a long piece of work on a directory, kept so that a killed process loses nothing it had finished.
 
 One process is one writer with a file of its own: a first line that says what the work is, then a line for each
-finished unit, appended and made durable after the unit's own files are. A line that a crash cut short counts as not
-written. Locks belong to open files, so they fall with the process that held them.
+finished unit, appended and made durable after the unit's own files are. Each line has a checksum: one that a crash cut
+short, or that changed, counts as not written, and so do those after it. Locks belong to open files, so they fall with
+the process that held them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +23,7 @@ from glm_jax.checkpoint.atomic import fsync_directory, reporting_os_errors
 from glm_jax.errors import CheckpointError, InputError
 
 _FILES = "journal-*.jsonl"
+_MAX_LINE_BYTES = 2**28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +96,9 @@ class Journal:
 
     def append(self, units: Iterable[tuple[str, Any]]) -> None:
         """Note units as finished, durably; what they wrote must be durable already."""
-        lines = "".join(json.dumps({"unit": unit, "note": note}) + "\n" for unit, note in units)
+        lines = b"".join(_encoded({"unit": unit, "note": note}) for unit, note in units)
         with reporting_os_errors(self._path):
-            self._file.write(lines.encode())
+            self._file.write(lines)
             self._file.flush()
             os.fsync(self._file.fileno())
 
@@ -108,7 +111,7 @@ class Journal:
         end = max((after for _, after in _lines(self._path)), default=0)
         self._file.truncate(end)
         if end == 0:
-            self._file.write((json.dumps({"identity": self._identity}) + "\n").encode())
+            self._file.write(_encoded({"identity": self._identity}))
             self._file.flush()
             os.fsync(self._file.fileno())
             fsync_directory(self.directory)
@@ -143,16 +146,29 @@ def _locked(file: IO[bytes]) -> bool:
     return True
 
 
+def _encoded(content: Mapping[str, Any]) -> bytes:
+    """A line: the content as JSON, with a checksum of that as its last member."""
+    text = json.dumps(content).encode()
+    return b'%s, "crc32": %d}\n' % (text[:-1], zlib.crc32(text))
+
+
+def _decoded(raw: bytes) -> dict[str, Any] | None:
+    """The content of a line; None if it is not one that was written so."""
+    text, mark, checksum = raw.rpartition(b', "crc32": ')
+    text += b"}"
+    if not mark or checksum != b"%d}\n" % zlib.crc32(text):
+        return None
+    line = json.loads(text)
+    return line if isinstance(line, dict) else None
+
+
 def _lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
     """The whole lines of a journal and where each ends, up to the first that is not one."""
     end = 0
     with reporting_os_errors(path), open(path, "rb") as file:
-        for number, raw in enumerate(file):
-            try:
-                line = json.loads(raw) if raw.endswith(b"\n") else None
-            except ValueError:
-                line = None
-            if not isinstance(line, dict) or ("identity" if number == 0 else "unit") not in line:
+        while raw := file.readline(_MAX_LINE_BYTES):
+            line = _decoded(raw)
+            if line is None or ("unit" if end else "identity") not in line:
                 return
             end += len(raw)
             yield line, end

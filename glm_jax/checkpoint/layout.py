@@ -92,11 +92,11 @@ def plan_layout(hf: HfSource, *, keep: bool, made: Mapping[str, Format]) -> Layo
     units: list[Unit] = []
     for name, weight in weights_by_name(Transformer(hf.config)).items():
         if name in made:
-            specs, own = _quantized(name, weight, slots[name], made[name])
+            specs, own = _quantized(name, weight, slots[name], made[name], depth=form.depth(name))
         else:
             suffixes = array_suffixes(kept[name]) if name in kept else ("",)
             specs = {name + suffix: _copied(form, name + suffix, weight, suffix) for suffix in suffixes}
-            own = [unit for array, spec in specs.items() for unit in _units(array, spec, form.slot(array))]
+            own = [unit for array, spec in specs.items() for unit in _units(array, spec, form.depth(array))]
         arrays |= specs
         units += own
     places = {unit.name: hf.files.tensors[_first_tensor(form, unit)] for unit in units}
@@ -161,10 +161,10 @@ def _chunk(shape: tuple[int, ...], lead: int, itemsize: int) -> tuple[int, ...]:
     return tuple(chunk)
 
 
-def _units(array: str, spec: ArraySpec, slot: Slot) -> Iterator[Unit]:
-    """The units of an array: all boxes of one place in the dimensions that distinguish its tensors."""
+def _units(array: str, spec: ArraySpec, depth: int) -> Iterator[Unit]:
+    """The units of an array: all boxes of one place in the first `depth` dimensions, which distinguish its tensors."""
     single = next((i for i, size in enumerate(spec.chunk) if size != 1), len(spec.chunk))
-    lead = min(single, len(slot.index))
+    lead = min(single, depth)
     itemsize = spec.nbytes // math.prod(spec.shape)
     for place in itertools.product(*(range(size) for size in spec.shape[:lead])):
         front = tuple(slice(at, at + 1) for at in place)
@@ -181,27 +181,35 @@ def _boxes(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[Index]:
         )
 
 
-def _quantized(name: str, weight: Weight, slot: Slot, layout: Format) -> tuple[dict[str, ArraySpec], list[Unit]]:
+def _quantized(
+    name: str, weight: Weight, slot: Slot, layout: Format, *, depth: int
+) -> tuple[dict[str, ArraySpec], list[Unit]]:
     """The arrays of a weight that is quantised on the way, and its units, whose boxes are the weight's.
 
     Nothing of it is divided by rows: narrow matrices are small enough for one chunk, and a layer's scales are one file.
+    The source's tensors are distinguished by the weight's first `depth` dimensions.
     """
-    shape, depth = tuple(weight.get_raw_value().shape), len(slot.index)
+    shape = tuple(weight.get_raw_value().shape)
+    matrix = len(slot.index)
     stored = stored_slots(layout, "", slot)
     full = {
-        part.array: ((*shape[:depth], *stored[part.suffix].part_shape), made_dtype(layout, part))
+        part.array: ((*shape[:matrix], *stored[part.suffix].part_shape), made_dtype(layout, part))
         for part in layout.parts
         if part.array is not None
     }
     lead = _lead(name, weight)
     values, dtype = next(iter(full.values()))
     if math.prod(values[lead:]) * dtype.itemsize > MAX_CHUNK_BYTES:
-        lead = depth
+        lead = matrix
     arrays = {
         name + suffix: ArraySpec(size, dtype.name, (1,) * lead + size[lead:]) for suffix, (size, dtype) in full.items()
     }
-    places = itertools.product(*(range(size) for size in shape[:lead]))
+    held = sum(spec.nbytes for spec in arrays.values()) // math.prod(shape[:lead])
+    together = min(lead, depth)
     whole = tuple(slice(0, size) for size in shape[lead:])
-    nbytes = sum(spec.nbytes for spec in arrays.values()) // math.prod(shape[:lead])
-    boxes = (tuple(slice(at, at + 1) for at in place) + whole for place in places)
-    return arrays, [Unit(name, (box,), nbytes, nbytes) for box in boxes]
+    units = []
+    for place in itertools.product(*(range(size) for size in shape[:together])):
+        front = tuple(slice(at, at + 1) for at in place)
+        boxes = tuple(front + box + whole for box in _boxes(shape[together:lead], (1,) * (lead - together)))
+        units.append(Unit(name, boxes, held * len(boxes), held))
+    return arrays, units

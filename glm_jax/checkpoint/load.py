@@ -18,9 +18,10 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
+from glm_jax.checkpoint.files import is_url, open_directory
 from glm_jax.checkpoint.layer_range import LayerRange
 from glm_jax.checkpoint.names import LAYER_GROUPS
-from glm_jax.checkpoint.orbax_source import OrbaxSource, is_orbax
+from glm_jax.checkpoint.orbax_source import MANIFEST, OrbaxSource, is_orbax
 from glm_jax.checkpoint.placing import place
 from glm_jax.checkpoint.quantized_load import KEEP, Leaf, check_choice, plan_leaves
 from glm_jax.checkpoint.source import HfSource, Index, Source
@@ -39,6 +40,8 @@ def open_source(directory: str | Path) -> HfSource | OrbaxSource:
     Raises:
         CheckpointError: the directory does not exist or is neither kind.
     """
+    if is_url(directory):
+        return _open_url(str(directory))
     path = Path(directory)
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory; a checkpoint is an Orbax or a Hugging Face directory")
@@ -49,6 +52,12 @@ def open_source(directory: str | Path) -> HfSource | OrbaxSource:
     raise CheckpointError(
         f"{path} holds no checkpoint: neither glm_jax.json (Orbax) nor config.json with *.safetensors (Hugging Face)"
     )
+
+
+def _open_url(url: str) -> HfSource:
+    if MANIFEST in open_directory(url).names():
+        raise CheckpointError(f"{url} is an Orbax checkpoint; those are read from a disk: copy it to one")
+    return HfSource(url)
 
 
 def load(
@@ -64,15 +73,16 @@ def load(
     """Return the model of a checkpoint directory, its weights on a mesh.
 
     Args:
-        directory: an Orbax directory written by `convert`, or a Hugging Face directory.
+        directory: an Orbax directory written by `convert`, or a Hugging Face directory or its URL (gs://, s3://,
+            https:// and whatever else fsspec knows).
         mesh: where the weights go; over all devices by default.
         dtype: of the activations and of all weights but the pinned and the quantised ones; by default float32 on CPU
             and bfloat16 elsewhere.
         stacked: scan over the layers (True) or unroll them (False); by default what the platform decodes best.
         rules: placement of logical axes.
         quantized: what becomes of quantised weights. `keep`: they stay values and scales, in the source's bytes (on a
-            CPU that is slower than float32). `dequantize`: they become weights like the others, rounded to bfloat16
-            first, slice by slice. What cannot be kept is dequantised; the model's `notes` say what, and why.
+            CPU int4 takes a byte). `dequantize`: they become weights like the others, rounded to bfloat16 first, slice
+            by slice. What cannot be kept is dequantised; the model's `notes` say what, and why.
         layers: only these decoder layers, as a slice or as `0:4`, under the whole model's final norm and head; the MTP
             layer is there if the last one is. The model's `config` has only these.
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 
 from glm_jax.configs import ModelConfig
+from glm_jax.errors import ConfigError
 from glm_jax.model import Transformer
 from glm_jax.sharding import weights_by_name
 
@@ -130,6 +131,9 @@ _TABLES = {
     "glm4_moe_lite": _table(_MLA),
 }
 
+# Layers times experts of a model whose tensors are listed by name; the largest published has 23,424.
+MAX_EXPERTS_IN_ALL = 2_000_000
+
 # The groups of the model whose weights have a leading dimension of layers.
 LAYER_GROUPS = ("dense", "moe")
 
@@ -165,6 +169,11 @@ def mtp_copy_names(config: ModelConfig) -> dict[str, str]:
 
 def _all_slots(config: ModelConfig) -> Iterator[tuple[str, Slot, bool]]:
     table = _TABLES[config.model_type]
+    experts = config.moe.num_experts if config.moe is not None else 1
+    if config.num_layers * experts > MAX_EXPERTS_IN_ALL:
+        raise ConfigError(
+            f"{config.num_layers} layers of {experts} experts are more than {MAX_EXPERTS_IN_ALL} experts in all"
+        )
     shapes = {name: w.get_raw_value().shape for name, w in weights_by_name(Transformer(config)).items()}
 
     def expand(rows: tuple[Row, ...], prefix: str, group: str, lead: tuple[int, ...]) -> Iterator[tuple[str, Slot]]:

@@ -188,7 +188,10 @@ class OrbaxReader:
     def spec(self, name: str) -> ArraySpec:
         """Shape, dtype and chunk of one array."""
         store = self._store(name)
-        return ArraySpec(tuple(store.shape), store.dtype.name, tuple(store.chunk_layout.read_chunk.shape or ()))
+        try:
+            return ArraySpec(tuple(store.shape), store.dtype.name, tuple(store.chunk_layout.read_chunk.shape or ()))
+        except ValueError as error:
+            raise CheckpointError(f"{self._item / name}: its zarr.json is damaged: {error}") from None
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         """`name`[`index`] as a new array, reading only the chunks that it touches.
@@ -329,7 +332,9 @@ def _read_tree_metadata(directory: Path, path: Path) -> dict[str, tuple[int, ...
             ((name,), shape) = [part["key"] for part in entry["key_metadata"]], entry["value_metadata"]["write_shape"]
             if not _NAME.fullmatch(name):
                 raise ValueError(f"array name {name!r}")
-            shapes[name] = tuple(int(size) for size in shape)
+            if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 1 << 63 for size in shape):
+                raise ValueError(f"shape {str(shape)[:100]}")
+            shapes[name] = tuple(shape)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         line = f"{path}: is not the metadata of a flat dict of arrays ({type(error).__name__}: {str(error)[:200]!r})"
         raise CheckpointError(line) from error

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from glm_jax.checkpoint.names import Slot, canonical_slots
+from glm_jax.checkpoint.names import Slot, canonical_slots, fused_slots
 from glm_jax.checkpoint.orbax_io import OrbaxReader
 from glm_jax.checkpoint.quantized import (
     DEQUANTIZED,
@@ -26,6 +27,7 @@ from glm_jax.checkpoint.quantized import (
     stored_slots,
 )
 from glm_jax.checkpoint.safetensors import NUMPY_DTYPES
+from glm_jax.checkpoint.source import common_dtype
 from glm_jax.configs import ModelConfig, from_hf, to_hf
 from glm_jax.errors import CheckpointError, ConfigError
 from glm_jax.model import Transformer
@@ -34,6 +36,7 @@ from glm_jax.sharding import weights_by_name
 MANIFEST = "glm_jax.json"
 ASSETS = "hf"  # config.json, tokenizer and template files, verbatim from the source
 LAYOUT_VERSION = 1
+_MAX_MANIFEST_BYTES = 256 * 2**20
 _RECORDED_DTYPES = (*FLOAT_DTYPES, "F8_E4M3", "I32", "I64")
 
 
@@ -95,7 +98,11 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            read = file.read(_MAX_MANIFEST_BYTES + 1)
+        if len(read) > _MAX_MANIFEST_BYTES:
+            raise ValueError(f"more than {_MAX_MANIFEST_BYTES} bytes")
+        content = json.loads(read.decode())
         version = content["layout_version"]
         if version != LAYOUT_VERSION:
             raise CheckpointError(f"{path}: layout_version {version!r}; this program reads {LAYOUT_VERSION}")
@@ -163,14 +170,19 @@ class OrbaxSource:
 
     def _check_arrays(self, directory: Path) -> None:
         """Hold the arrays against the configuration: a slice of a larger array would load, and be wrong."""
-        weights = {name: w.get_raw_value().shape for name, w in weights_by_name(Transformer(self.config)).items()}
+        declared = weights_by_name(Transformer(self.config))
+        weights = {name: weight.get_raw_value().shape for name, weight in declared.items()}
         unknown = [name for name in self.manifest.kept if name not in weights or len(self._slots[name].shape) != 2]
         if unknown:
             raise CheckpointError(f"{directory / MANIFEST} is damaged: it has {unknown[0]!r} as a quantised matrix")
         expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
+        all_recorded = self._recorded_dtypes()
         for name, shape in weights.items():
             layout = self.manifest.kept.get(name)
-            expected.update({name: (shape, ())} if layout is None else self._expected_parts(name, shape, layout))
+            recorded = all_recorded.get(name, [])
+            chosen = np.dtype(declared[name].get_raw_value().dtype) if declared[name].pinned else common_dtype(recorded)
+            own = {name: (shape, (chosen.name,) if recorded else ())}
+            expected.update(own if layout is None else self._expected_parts(name, shape, layout))
         found = self.arrays.specs()
         problems = [f"{name} is missing" for name in expected if name not in found]
         problems += [f"{name} is not known" for name in found if name not in expected]
@@ -184,6 +196,18 @@ class OrbaxSource:
             raise CheckpointError(
                 f"{directory}: arrays that do not fit its {MANIFEST}: {', '.join(problems[:8])}{more}"
             )
+
+    def _recorded_dtypes(self) -> dict[str, list[np.dtype]]:
+        """The dtypes of the tensors that each weight was made of, as far as the manifest has them."""
+        layout, tensors = self.manifest.source_layout, self.manifest.tensors
+        found: dict[str, list[np.dtype]] = defaultdict(list)
+        for name, slot in (canonical_slots(self.config) | fused_slots(self.config)).items():
+            first = None if layout is None else tensors.get(name + layout.parts[0].suffix)
+            if layout is not None and first is not None and first.dtype in layout.parts[0].dtypes:
+                found[slot.weight].append(DEQUANTIZED)
+            elif name in tensors:
+                found[slot.weight].append(NUMPY_DTYPES[tensors[name].dtype])
+        return found
 
     def _expected_parts(
         self, name: str, shape: tuple[int, ...], layout: Format

@@ -19,7 +19,6 @@ from glm_jax.checkpoint.orbax_io import DTYPES as NUMPY_DTYPES_BY_NAME
 from glm_jax.checkpoint.orbax_io import ArraySpec
 from glm_jax.checkpoint.quantized import Format, Fp8, Index, Int8, PackedInt4, Part, stored_slots
 from glm_jax.checkpoint.safetensors import NUMPY_DTYPES
-from glm_jax.checkpoint.source import HfArrays
 from glm_jax.configs import ModelConfig
 from glm_jax.errors import CheckpointError, InputError
 from glm_jax.model import Transformer
@@ -37,6 +36,18 @@ _SMALLEST_GROUP = 32
 _FP8_MAX = float(ml_dtypes.finfo(ml_dtypes.float8_e4m3fn).max)
 _INT8_MAX, _INT4_MAX = 127.0, 7.0
 _PER_WORD = 8
+
+
+class ArrayReader(Protocol):
+    """Where the values of weights come from."""
+
+    def read(self, array: str, index: Index) -> np.ndarray:
+        """A slice of a weight."""
+        ...
+
+    def tensors_in(self, array: str, index: Index) -> list[tuple[str, Slot]]:
+        """The names and slots of the tensors that a slice is made of."""
+        ...
 
 
 class ArrayWriter(Protocol):
@@ -108,7 +119,9 @@ def made_dtype(layout: Format, part: Part) -> np.dtype:
     return NUMPY_DTYPES[part.dtypes[0]]
 
 
-def quantize_unit(form: HfArrays, writer: ArrayWriter, weight: str, box: Index, *, layout: Format, slot: Slot) -> Loss:
+def quantize_unit(
+    form: ArrayReader, writer: ArrayWriter, weight: str, box: Index, *, layout: Format, slot: Slot
+) -> Loss:
     """Quantise the matrices in `box` of a weight, each as large as `slot`, some rows at a time; write their parts.
 
     Raises:

@@ -71,6 +71,10 @@ class Fp8:
         across = 1 if self.columns is None else -(-columns // self.columns)
         return {"": matrix, self.scale_suffix: (-(-rows // self.rows), across)}
 
+    def first_row(self, row: int) -> int:
+        """The first row whose values can be stored apart from those before it, and still have the row in them."""
+        return row // self.rows * self.rows
+
     def dequantize(
         self, stored: Mapping[str, np.ndarray], rows: np.ndarray, columns: np.ndarray, *, out: np.ndarray
     ) -> None:
@@ -79,7 +83,7 @@ class Fp8:
         A block has one scale and its values are of 256 codes: the products are looked up.
 
         Args:
-            stored: the parts of the whole matrix, by suffix.
+            stored: the parts of the whole matrix, or of some rows from a `first_row` on, by suffix.
             rows: numbers of rows.
             columns: numbers of columns.
             out: bfloat16, or another dtype that the bfloat16 weights are cast to.
@@ -124,6 +128,10 @@ class Int8:
     def shapes(self, matrix: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """The shape of each part of a matrix [out, in], by suffix."""
         return {"": matrix, self.scale_suffix: (matrix[0], 1)}
+
+    def first_row(self, row: int) -> int:
+        """The row itself: each has scales of its own."""
+        return row
 
     def dequantize(
         self, stored: Mapping[str, np.ndarray], rows: np.ndarray, columns: np.ndarray, *, out: np.ndarray
@@ -170,6 +178,10 @@ class PackedInt4:
             "_scale": (rows, -(-columns // self.group)),
             "_shape": (2,),
         }
+
+    def first_row(self, row: int) -> int:
+        """The row itself: each has scales of its own."""
+        return row
 
     def dequantize(
         self, stored: Mapping[str, np.ndarray], rows: np.ndarray, columns: np.ndarray, *, out: np.ndarray

@@ -1,30 +1,27 @@
-"""The safetensors format on numpy, ml_dtypes and mmap: reading one file.
+"""The safetensors format on numpy and ml_dtypes: reading one file.
 
 A file is an 8-byte little-endian header length, a JSON header, and the tensors' bytes back to back. The header is
-untrusted: it is bounded before it is read and checked before anything is mapped, with the checks of the reference
-implementation (https://github.com/huggingface/safetensors, `safetensors/src/tensor.rs`). Reading gives views of the
-mapped file; `drop` hands their pages back so that streaming a checkpoint stays small in memory. Nothing here knows the
-model. Sub-byte types (F4, F6) pass the checks but cannot be read: neither numpy nor ml_dtypes can view them packed.
-Directories of shards are in `safetensors_dir`, writing in `safetensors_writer`.
+untrusted: it is bounded before it is read and checked before any data is, with the checks of the reference
+implementation (https://github.com/huggingface/safetensors, `safetensors/src/tensor.rs`). Whether the bytes are mapped
+or requested over a network is the business of `files`; `drop` hands them back so that streaming a checkpoint stays
+small in memory. Nothing here knows the model. Sub-byte types (F4, F6) pass the checks but cannot be read: neither numpy
+nor ml_dtypes can view them packed. Directories of shards are in `safetensors_dir`, writing in `safetensors_writer`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import mmap
 import os
-import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
 
-from glm_jax.checkpoint.atomic import reporting_os_errors
+from glm_jax.checkpoint.files import File, MappedFile, Place, quoted
 from glm_jax.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -89,34 +86,43 @@ class TensorSpec:
 class TensorInfo(TensorSpec):
     """Where a tensor lies: the bytes [begin, end) of `file`, counted from the start of the file."""
 
-    file: Path
+    file: Place
     begin: int
     end: int
 
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element, of a dtype that can be read as an array."""
+        return NUMPY_DTYPES[self.dtype].itemsize
+
 
 class SafetensorsFile:
-    """One checked and memory-mapped safetensors file.
-
-    The file must not shrink while it is open: touching a page that is gone kills the process (SIGBUS).
+    """One checked safetensors file.
 
     Attributes:
-        path: the file.
+        path: where the file lies.
         tensors: every tensor by name, in the order of the bytes.
         metadata: the strings under `__metadata__`, empty if there are none.
         missing: bytes that the header describes and the file does not have.
 
     Args:
-        path: the file.
+        file: its bytes, or the path of a file on a disk.
         complete: the data must be there; False accepts a file that was fetched up to its header, or further.
 
     Raises:
         CheckpointError: the file cannot be read, is truncated, or its header breaks the format.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, complete: bool = True) -> None:
-        self.path = Path(path)
-        self._map: mmap.mmap | None = None
-        header, data_begin, self._size = _read_header(self.path)
+    def __init__(self, file: File | str | os.PathLike[str], *, complete: bool = True) -> None:
+        self.file: File = MappedFile(file) if isinstance(file, (str, os.PathLike)) else file
+        self.path, self._size = self.file.place, self.file.size
+        header, data_begin = _read_header(self.file)
+        self.file.drop(0, data_begin)
         metadata = header.pop("__metadata__", None)
         if metadata is not None and not (
             isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
@@ -129,40 +135,59 @@ class SafetensorsFile:
         self._check_layout(infos, data_begin, complete=complete)
         self.tensors = {info.name: info for info in infos}
 
-    def read(self, name: str) -> np.ndarray:
-        """A read-only view of the mapped bytes with the tensor's shape and dtype; no copy, maybe unaligned."""
+    def read(self, name: str, span: tuple[int, int] | None = None) -> np.ndarray:
+        """A tensor, read-only and maybe unaligned; of a file on a disk a view of the mapped bytes, which is no copy.
+
+        Args:
+            name: of the tensor.
+            span: only its elements from the first number to before the second, flat.
+        """
         info = self._find(name)
         dtype = NUMPY_DTYPES.get(info.dtype)
         if dtype is None:
             raise CheckpointError(f"{self.path}: tensor {quoted(name)}: {info.dtype} cannot be read as an array")
-        count = math.prod(info.shape)
-        if count == 0:
-            return np.empty(info.shape, dtype)
-        return np.frombuffer(self._mapped(), dtype, count=count, offset=info.begin).reshape(info.shape)
+        start, stop = (0, math.prod(info.shape)) if span is None else span
+        shape = info.shape if span is None else (stop - start,)
+        if stop == start:
+            return np.empty(shape, dtype)
+        begin, end = info.begin + start * dtype.itemsize, info.begin + stop * dtype.itemsize
+        return self.file.view(begin, end).view(dtype).reshape(shape)
 
-    def prefetch(self, name: str) -> None:
-        """Asks for a tensor's pages ahead of their use, in one go rather than fault by fault."""
+    def fetch(self, name: str) -> np.ndarray:
+        """A small tensor that is read once."""
         info = self._find(name)
-        if info.end > info.begin:
-            first = info.begin - info.begin % mmap.PAGESIZE
-            self._mapped().madvise(mmap.MADV_WILLNEED, first, info.end - first)
+        content = self.file.fetch(info.begin, info.end)
+        if len(content) != info.nbytes:
+            raise CheckpointError(f"{self.path}: ends within tensor {quoted(name)}; fetch it again")
+        return np.frombuffer(content, NUMPY_DTYPES[info.dtype]).reshape(info.shape)
 
-    def drop(self, name: str) -> None:
-        """Gives back the resident pages of a tensor. Views stay valid: touching them again reads the file again."""
+    def prefetch(self, name: str, span: tuple[int, int] | None = None) -> None:
+        """Says that a tensor, or a span of its elements, will be read soon."""
+        begin, end = self._bytes(name, span)
+        if end > begin:
+            self.file.prefetch(begin, end)
+
+    def drop(self, name: str, span: tuple[int, int] | None = None) -> None:
+        """Gives back what a tensor, or a span of its elements, takes in memory. Views stay valid."""
+        begin, end = self._bytes(name, span)
+        if end > begin:
+            self.file.drop(begin, end)
+
+    def _bytes(self, name: str, span: tuple[int, int] | None) -> tuple[int, int]:
         info = self._find(name)
-        if self._map is not None and info.end > info.begin:
-            first = info.begin - info.begin % mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_DONTNEED, first, info.end - first)
+        if span is None:
+            return info.begin, info.end
+        return info.begin + span[0] * info.itemsize, info.begin + span[1] * info.itemsize
 
     def stream(self, names: Iterable[str] | None = None) -> Iterator[tuple[TensorInfo, np.ndarray]]:
-        """Yields tensors in the order of the bytes (or of `names`), dropping each one's pages when it moves on."""
+        """Yields tensors in the order of the bytes (or of `names`), dropping each one when it moves on."""
         for name in self.tensors if names is None else names:
             yield self._find(name), self.read(name)
             self.drop(name)
 
     def close(self) -> None:
-        """Lets go of the mapping; it ends with the last view of it."""
-        self._map = None
+        """Lets go of what is held in memory; views stay valid."""
+        self.file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -174,14 +199,6 @@ class SafetensorsFile:
         if name not in self.tensors:
             raise CheckpointError(f"{self.path}: has no tensor {quoted(name)}")
         return self.tensors[name]
-
-    def _mapped(self) -> mmap.mmap:
-        if self._map is None:
-            with reporting_os_errors(self.path), open(self.path, "rb") as file:
-                if os.fstat(file.fileno()).st_size != self._size:
-                    raise CheckpointError(f"{self.path}: changed its size after it was opened")
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._map
 
     def _info(self, name: str, entry: Any, data_begin: int) -> TensorInfo:
         """One header entry, checked on its own."""
@@ -233,54 +250,31 @@ class SafetensorsFile:
             )
 
 
-def quoted(value: object) -> str:
-    """`value` on one line and of bounded length, for an error message."""
-    if isinstance(value, list) and len(value) > _MAX_RANK:
-        return f"[a list of {len(value)}]"
-    try:
-        text = repr(value) if not isinstance(value, str) else repr(value[:201])
-    except (RecursionError, ValueError):
-        return "(too deep or too long to print)"
-    text = text.encode("ascii", "backslashreplace").decode()
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
 def _is_size(value: object) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
-def open_regular(path: Path) -> Any:
-    """Opens a regular file to read bytes (a pipe or a device would block or never end); else CheckpointError."""
-    with reporting_os_errors(path):
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise CheckpointError(f"{path}: is not a regular file")
-        return open(path, "rb")
-
-
-def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The parsed header, the position of the first data byte, and the size of the file."""
-    with open_regular(path) as file, reporting_os_errors(path):
-        size = os.fstat(file.fileno()).st_size
-        start = file.read(LENGTH_BYTES)
-        length = int.from_bytes(start, "little")
-        if start == b"version ":
-            raise CheckpointError(f"{path}: is a git-lfs pointer, not the file itself; run `git lfs pull`")
-        if size < LENGTH_BYTES + 2 or length > size - LENGTH_BYTES:
-            raise CheckpointError(
-                f"{path}: is truncated or no safetensors file: {size} bytes cannot hold the header of {length} bytes "
-                "that its first 8 bytes announce"
-            )
-        if length > MAX_HEADER_BYTES:
-            raise CheckpointError(
-                f"{path}: its header of {length} bytes exceeds the format's limit, {MAX_HEADER_BYTES}"
-            )
-        content = file.read(length)
+def _read_header(file: File) -> tuple[dict[str, Any], int]:
+    """The parsed header and the position of the first data byte."""
+    path, size = file.place, file.size
+    start = file.fetch(0, min(size, LENGTH_BYTES))
+    length = int.from_bytes(start, "little")
+    if start == b"version ":
+        raise CheckpointError(f"{path}: is a git-lfs pointer, not the file itself; run `git lfs pull`")
+    if size < LENGTH_BYTES + 2 or length > size - LENGTH_BYTES:
+        raise CheckpointError(
+            f"{path}: is truncated or no safetensors file: {size} bytes cannot hold the header of {length} bytes "
+            "that its first 8 bytes announce"
+        )
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(f"{path}: its header of {length} bytes exceeds the format's limit, {MAX_HEADER_BYTES}")
+    content = file.fetch(LENGTH_BYTES, LENGTH_BYTES + length)
     if not content.startswith(b"{"):
         raise CheckpointError(f"{path}: no safetensors file: its header begins with {quoted(content[:8])}, not '{{'")
-    return parse_object(content, path), LENGTH_BYTES + length, size
+    return parse_object(content, path), LENGTH_BYTES + length
 
 
-def parse_object(content: bytes, path: Path) -> dict[str, Any]:
+def parse_object(content: bytes, path: Place) -> dict[str, Any]:
     """The JSON object in `content`, strictly: UTF-8, no key twice, no NaN, no lone surrogates in keys.
 
     Raises:

@@ -9,61 +9,56 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 
-from glm_jax.checkpoint.atomic import reporting_os_errors
-from glm_jax.checkpoint.safetensors import (
-    MAX_HEADER_BYTES,
-    SafetensorsFile,
-    TensorInfo,
-    open_regular,
-    parse_object,
-    quoted,
-)
+from glm_jax.checkpoint.files import Directory, Place, open_directory, quoted, read_small
+from glm_jax.checkpoint.safetensors import MAX_HEADER_BYTES, SafetensorsFile, TensorInfo, parse_object
 from glm_jax.errors import CheckpointError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _MAX_FILES = 10_000
+_OPENED_TOGETHER = 32  # files, whose headers are then parsed one by one
+_FETCHES = 16  # of small tensors at a time
 _SHARD_NAME = re.compile(r"(?P<stem>.*)-(?P<number>[0-9]{5,})-of-(?P<count>[0-9]{5,})\.safetensors")
 
 
 class SafetensorsDir:
-    """The safetensors checkpoint of a directory, as Hugging Face lays it out.
+    """The safetensors checkpoint of a directory, as Hugging Face lays it out, on a disk or under a URL.
 
     Either the shards that `model.safetensors.index.json` names, or without an index the one *.safetensors file, or one
-    complete set `NAME-00001-of-0000N.safetensors`. Files that are symlinks must stay in the directory; the links of
-    the Hugging Face cache (`snapshots/REV/x -> ../../blobs/HASH`) are followed.
+    complete set `NAME-00001-of-0000N.safetensors`.
 
     Attributes:
-        directory: as given.
+        directory: where it lies.
         tensors: every tensor by name, in the order of the files and of their bytes.
         unlisted: *.safetensors files of the directory that the index does not name, and that are not read.
 
     Args:
-        directory: the directory.
+        directory: its path, its URL, or the open directory.
         complete: the files' data must be there; False for plans, which need the headers only.
 
     Raises:
         CheckpointError: one line with everything that is missing, doubled, truncated or contradictory.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, complete: bool = True) -> None:
-        self.directory, self._complete = Path(directory), complete
-        with reporting_os_errors(self.directory):
-            names = sorted(entry.name for entry in os.scandir(self.directory))
+    def __init__(self, directory: str | os.PathLike[str] | Directory, *, complete: bool = True) -> None:
+        self._source = open_directory(directory) if isinstance(directory, (str, os.PathLike)) else directory
+        self.directory, self._complete = self._source.place, complete
+        names = self._source.names()
         present = [name for name in names if name.endswith(".safetensors")]
-        index = read_index(self.directory) if INDEX_NAME in names else None
+        index = read_index(self._source) if INDEX_NAME in names else None
         if index is None:
             chosen, problems = _choose_files(present)
         else:
             chosen, problems = sorted(set(index.values())), _check_single_beside(present, index)
-        self._files: dict[Path, SafetensorsFile] = {}
-        self.unlisted = tuple(self.directory / name for name in present if name not in set(chosen))
+        self._files: dict[str, SafetensorsFile] = {}  # by their names in the directory
+        self._names: dict[Place, str] = {}
+        self.unlisted = tuple(self._source.at(name) for name in present if name not in set(chosen))
         problems += self._open(chosen)
         self.tensors, twice = self._merge()
         problems += twice
@@ -71,6 +66,11 @@ class SafetensorsDir:
             problems += self._compare(index)
         if problems:
             raise CheckpointError(f"{self.directory}: {'; '.join(problems)}")
+
+    @property
+    def files(self) -> dict[str, SafetensorsFile]:
+        """The files that are read, by their names in the directory, sorted."""
+        return dict(sorted(self._files.items()))
 
     @property
     def missing(self) -> int:
@@ -81,25 +81,31 @@ class SafetensorsDir:
         """Every tensor, in the order of the files and of their bytes: the order to stream in."""
         return list(self.tensors.values())
 
-    def read(self, name: str) -> np.ndarray:
-        """A read-only view of the mapped bytes, as `SafetensorsFile.read`."""
-        return self._file_of(name).read(name)
+    def read(self, name: str, span: tuple[int, int] | None = None) -> np.ndarray:
+        """A tensor or a span of its elements, as `SafetensorsFile.read`."""
+        return self._file_of(name).read(name, span)
 
-    def prefetch(self, name: str) -> None:
-        """Asks for a tensor's pages ahead of their use, as `SafetensorsFile.prefetch`."""
-        self._file_of(name).prefetch(name)
+    def fetch(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Small tensors that are read once, several at a time."""
+        chosen = list(names)
+        with ThreadPoolExecutor(_FETCHES, thread_name_prefix="fetch") as pool:
+            return dict(zip(chosen, pool.map(lambda name: self._file_of(name).fetch(name), chosen), strict=True))
 
-    def drop(self, name: str) -> None:
-        """Gives back the resident pages of a tensor, as `SafetensorsFile.drop`."""
-        self._file_of(name).drop(name)
+    def prefetch(self, name: str, span: tuple[int, int] | None = None) -> None:
+        """Says that a tensor, or a span of its elements, will be read soon."""
+        self._file_of(name).prefetch(name, span)
+
+    def drop(self, name: str, span: tuple[int, int] | None = None) -> None:
+        """Gives back what a tensor, or a span of its elements, takes in memory."""
+        self._file_of(name).drop(name, span)
 
     def stream(self, names: Iterable[str] | None = None) -> Iterator[tuple[TensorInfo, np.ndarray]]:
-        """Yields tensors in the order of the bytes (or of `names`), dropping each one's pages when it moves on."""
+        """Yields tensors in the order of the bytes (or of `names`), dropping each one when it moves on."""
         for name in self.tensors if names is None else names:
             yield from self._file_of(name).stream([name])
 
     def close(self) -> None:
-        """Lets go of the mappings; they end with the last views of them."""
+        """Lets go of what is held in memory; views stay valid."""
         for file in self._files.values():
             file.close()
 
@@ -112,21 +118,27 @@ class SafetensorsDir:
     def _file_of(self, name: str) -> SafetensorsFile:
         if name not in self.tensors:
             raise CheckpointError(f"{self.directory}: has no tensor {quoted(name)}")
-        return self._files[self.tensors[name].file]
+        return self._files[self._names[self.tensors[name].file]]
 
     def _open(self, chosen: list[str]) -> list[str]:
-        problems, missing = [], []
-        for name in chosen:
-            outside = _leaves(self.directory, name)
-            if outside is not None:
-                problems.append(outside)
-            elif not os.path.isfile(self.directory / name):
-                missing.append(name)
-            else:
-                try:
-                    self._files[self.directory / name] = SafetensorsFile(self.directory / name, complete=self._complete)
-                except CheckpointError as error:
-                    problems.append(str(error))
+        refused = {name: outside for name in chosen if (outside := self._source.refused(name)) is not None}
+        problems, inside = list(refused.values()), [name for name in chosen if name not in refused]
+        missing = []
+        for start in range(0, len(inside), _OPENED_TOGETHER):
+            names = inside[start : start + _OPENED_TOGETHER]
+            found = self._source.find(names)
+            for name in names:
+                file = found.get(name)
+                if file is None:
+                    missing.append(name)
+                elif isinstance(file, CheckpointError):
+                    problems.append(str(file))
+                else:
+                    try:
+                        self._files[name] = SafetensorsFile(file, complete=self._complete)
+                        self._names[file.place] = name
+                    except CheckpointError as error:
+                        problems.append(str(error))
         if missing:
             problems.append(
                 f"{len(missing)} of {len(chosen)} files missing: {_some([quoted(name) for name in missing], 1000)}"
@@ -139,40 +151,41 @@ class SafetensorsDir:
         for file in self._files.values():
             for name, info in file.tensors.items():
                 if name in tensors:
-                    twice.append(f"{quoted(name)} in {tensors[name].file.name} and {file.path.name}")
+                    places = self._names[tensors[name].file], self._names[info.file]
+                    twice.append(f"{quoted(name)} in {places[0]} and {places[1]}")
                 tensors[name] = info
         return tensors, [f"tensors that occur twice: {_some(twice)}"] if twice else []
 
     def _compare(self, index: dict[str, str]) -> list[str]:
         problems = []
-        opened = {path.relative_to(self.directory).as_posix(): file for path, file in self._files.items()}
         lacking = [
             f"{quoted(name)} ({place})"
             for name, place in index.items()
-            if place in opened and name not in opened[place].tensors
+            if place in self._files and name not in self._files[place].tensors
         ]
         if lacking:
             problems.append(f"tensors that the index names and their file lacks: {_some(lacking)}")
-        extra = [f"{quoted(name)} ({info.file.name})" for name, info in self.tensors.items() if name not in index]
+        extra = [
+            f"{quoted(name)} ({self._names[info.file]})" for name, info in self.tensors.items() if name not in index
+        ]
         if extra:
             problems.append(f"tensors that the index does not name: {_some(extra)}")
         return problems
 
 
-def read_index(directory: Path) -> dict[str, str]:
+def read_index(directory: Directory) -> dict[str, str]:
     """The weight map of `model.safetensors.index.json`: tensor name to file name, as written there.
 
     Raises:
         CheckpointError: the index is not readable, not JSON, or not an object with a `weight_map` of strings.
     """
-    path = directory / INDEX_NAME
-    outside = _leaves(directory, INDEX_NAME)
+    path = directory.at(INDEX_NAME)
+    outside = directory.refused(INDEX_NAME)
     if outside is not None:
-        raise CheckpointError(f"{directory}: {outside}")
-    with open_regular(path) as file:
-        content = file.read(MAX_HEADER_BYTES + 1)
-    if len(content) > MAX_HEADER_BYTES:
-        raise CheckpointError(f"{path}: is larger than {MAX_HEADER_BYTES} bytes, which no index is")
+        raise CheckpointError(f"{directory.place}: {outside}")
+    content = read_small(directory, INDEX_NAME, MAX_HEADER_BYTES)
+    if content is None:
+        raise CheckpointError(f"{path}: is listed and cannot be opened")
     index = parse_object(content, path)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
@@ -185,20 +198,6 @@ def read_index(directory: Path) -> dict[str, str]:
 def _some(items: list[str], most: int = 10) -> str:
     more = len(items) - most
     return ", ".join(items[:most]) + (f" and {more} more" if more > 0 else "")
-
-
-def _leaves(directory: Path, name: str) -> str | None:
-    """What is wrong with the place of a file name of the index, if it is not under `directory`."""
-    plain = name.isprintable() and Path(name).as_posix() == name and name != "."
-    if not plain or os.path.isabs(name) or ".." in Path(name).parts:
-        return f"the index names {quoted(name)}; a plain file name under the directory is right"
-    real, root = os.path.realpath(directory / name), os.path.realpath(directory)
-    allowed = [root]
-    if os.path.basename(os.path.dirname(root)) == "snapshots":
-        allowed.append(os.path.join(os.path.dirname(os.path.dirname(root)), "blobs"))
-    if not any(os.path.commonpath([real, place]) == place for place in allowed):
-        return f"{quoted(name)} is a link that leaves the directory (to {real}); put the file itself there"
-    return None
 
 
 def _check_single_beside(present: list[str], index: dict[str, str]) -> list[str]:

@@ -5,24 +5,32 @@ A loader asks for the slices that its devices need and never for more.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
+import math
+import os
 from collections import defaultdict
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from glm_jax import configs
 from glm_jax.checkpoint.accounting import Problems, plan_source
+from glm_jax.checkpoint.files import Directory, open_directory, read_small
 from glm_jax.checkpoint.names import Slot
 from glm_jax.checkpoint.quantization_config import read_quantization
 from glm_jax.checkpoint.quantized import DEQUANTIZED, Format, Index, rows_and_columns, stored_slots
 from glm_jax.checkpoint.safetensors import NUMPY_DTYPES
 from glm_jax.checkpoint.safetensors_dir import SafetensorsDir
+from glm_jax.checkpoint.text_part import TextPart, has_text_part, text_config
 from glm_jax.configs import ModelConfig
-from glm_jax.configs.hf import read_config_json
+from glm_jax.configs.hf import parse_config_json
+from glm_jax.errors import CheckpointError, ConfigError
+
+_MAX_CONFIG_BYTES = 16 * 2**20
+_AHEAD_BYTES = 32 * 2**20  # of tensors that are asked for before they are read
 
 
 class Source(Protocol):
@@ -47,6 +55,17 @@ class Source(Protocol):
         ...
 
 
+Files = SafetensorsDir | TextPart
+
+
+class Run(NamedTuple):
+    """Consecutive elements of a tensor: those from number `start` to before `stop`."""
+
+    tensor: str
+    start: int
+    stop: int
+
+
 class HfArrays:
     """Arrays put together from the tensors of a Hugging Face directory.
 
@@ -58,7 +77,7 @@ class HfArrays:
         quantized: what those names of `slots` are stored as that are to be computed; the others are tensors.
     """
 
-    def __init__(self, files: SafetensorsDir, slots: Mapping[str, Slot], quantized: Mapping[str, Format]) -> None:
+    def __init__(self, files: Files, slots: Mapping[str, Slot], quantized: Mapping[str, Format]) -> None:
         self._files, self._quantized = files, quantized
         self._at: dict[str, dict[tuple[int, ...], str]] = defaultdict(dict)
         self._slots: dict[str, dict[str, Slot]] = defaultdict(dict)
@@ -75,6 +94,10 @@ class HfArrays:
     def slot(self, array: str) -> Slot:
         """The slot of one of the tensors of an array."""
         return next(iter(self._slots[array].values()))
+
+    def depth(self, array: str) -> int:
+        """In how many of an array's first dimensions each of its tensors has one place."""
+        return min(self._depths[array])
 
     def tensors_in(self, array: str, index: Index) -> list[tuple[str, Slot]]:
         """The names and slots that `array[index]` is made of."""
@@ -97,36 +120,99 @@ class HfArrays:
         """The dtypes of all that an array is made of."""
         return [self.dtype(name) for name in self._slots[array]]
 
+    def runs(self, array: str, index: Index) -> Iterator[Run]:
+        """What is read for `array[index]`: of each tensor one run, in the order of reading.
+
+        It goes from the first row to the last that is asked for: a part of the inputs of a matrix takes whole rows.
+        """
+        for name, slot in self.tensors_in(array, index):
+            yield from self._runs(name, slot, index[len(slot.index) :])
+
     def read(self, array: str, index: Index) -> np.ndarray:
         """Assemble `array[index]` from the tensors that lie in it."""
         parts = self.tensors_in(array, index)
         name, slot = parts[0]
         if not slot.index and name not in self._quantized:
-            return self._files.read(name).reshape(slot.part_shape)[index]
+            return self._read(name, slot.part_shape, index)
         result = np.empty([part.stop - part.start for part in index], common_dtype([self.dtype(n) for n, _ in parts]))
+        ahead, asked = self.runs(array, index), 0
         for name, slot in parts:
+            while asked <= _AHEAD_BYTES and (run := next(ahead, None)) is not None:
+                self._files.prefetch(run.tensor, run[1:])
+                asked += (run.stop - run.start) * self._files.tensors[run.tensor].itemsize
             at = tuple(i - part.start for i, part in zip(slot.index, index, strict=False))
-            self._fill(result[at], name, slot, index=index[len(at) :])
+            asked -= self._fill(result[at], name, slot, index=index[len(at) :])
         return result
 
-    def _fill(self, out: np.ndarray, name: str, slot: Slot, *, index: Index) -> None:
-        """Write `index` into one slot's part of the array to `out`, touching no more of the files than that."""
+    def _fill(self, out: np.ndarray, name: str, slot: Slot, *, index: Index) -> int:
+        """Write `index` into one slot's part of the array to `out`; returns the bytes that were read for it."""
+        layout, runs = self._quantized.get(name), list(self._runs(name, slot, index))
+        if layout is None:
+            out[...] = self._read(name, slot.part_shape, index)
+        else:
+            rows, columns = rows_and_columns(slot, index)
+            first = layout.first_row(int(rows[0]))
+            stored = {}
+            for part, run in zip((part for part in layout.parts if part.array is not None), runs, strict=True):
+                across = self._files.tensors[run.tensor].shape[1]
+                stored[part.suffix] = self._files.read(run.tensor, run[1:]).reshape(-1, across)
+            layout.dequantize(stored, rows - first, columns, out=out.reshape(len(rows), len(columns)))
+        for run in runs:
+            self._files.drop(run.tensor, run[1:])
+        return sum((run.stop - run.start) * self._files.tensors[run.tensor].itemsize for run in runs)
+
+    def _runs(self, name: str, slot: Slot, index: Index) -> Iterator[Run]:
+        """The runs that `index` into one slot's part of an array is made of."""
         layout = self._quantized.get(name)
         if layout is None:
-            out[...] = self._files.read(name).reshape(slot.part_shape)[index]
-            self._files.drop(name)
+            yield Run(name, *_window(slot.part_shape, index))
             return
-        rows, columns = rows_and_columns(slot, index)
-        stored = {part.suffix: self._files.read(name + part.suffix) for part in layout.parts}
-        layout.dequantize(stored, rows, columns, out=out.reshape(len(rows), len(columns)))
-        for suffix in stored:
-            self._files.drop(name + suffix)
+        rows, _ = rows_and_columns(slot, index)
+        first, last = layout.first_row(int(rows[0])), int(rows[-1]) + 1
+        before, inside = (layout.shapes((count, slot.shape[1])) for count in (first, last - first))
+        for part in layout.parts:
+            if part.array is not None:
+                skipped, (count, across) = before[part.suffix][0], inside[part.suffix]
+                yield Run(name + part.suffix, skipped * across, (skipped + count) * across)
+
+    def _read(self, name: str, shape: tuple[int, ...], index: Index) -> np.ndarray:
+        """A tensor's elements seen in `shape`, indexed."""
+        start, stop = _window(shape, index)
+        flat = self._files.read(name, (start, stop))
+        depth = _single(shape, index)
+        if depth == len(shape):
+            return flat.reshape([1] * depth)
+        row = math.prod(shape[depth + 1 :])
+        rows = flat.reshape(*[1] * depth, (stop - start) // row if row else 0, *shape[depth + 1 :])
+        return rows[(*[slice(0, 1)] * depth, slice(None), *index[depth + 1 :])]
+
+
+def _single(shape: tuple[int, ...], index: Index) -> int:
+    """How many of the first dimensions have one element in `index`."""
+    return next((at for at, part in enumerate(index) if part.stop - part.start != 1), len(shape))
+
+
+def _window(shape: tuple[int, ...], index: Index) -> tuple[int, int]:
+    """From the first to after the last element that lies in the rows that `index` touches."""
+    depth = _single(shape, index)
+    start, rest = 0, math.prod(shape)
+    for size, part in zip(shape[:depth], index, strict=False):
+        rest //= size
+        start += part.start * rest
+    if depth == len(shape):
+        return start, start + 1
+    rest //= max(1, shape[depth])
+    return start + index[depth].start * rest, start + index[depth].stop * rest
 
 
 class HfSource:
-    """A Hugging Face directory of safetensors, accounted for and read through memory maps.
+    """A Hugging Face directory of safetensors, on a disk or under a URL, accounted for.
+
+    Of a multimodal checkpoint it is the language model.
 
     Attributes:
+        directory: where it lies.
+        config_json: the bytes of its config.json.
         files: the safetensors of the directory.
         plan: what becomes of each tensor.
         config: the architecture, with what only the tensors tell.
@@ -137,10 +223,12 @@ class HfSource:
         CheckpointError: the tensors are not complete, or do not fit the configuration.
     """
 
-    def __init__(self, directory: str | Path) -> None:
-        content = read_config_json(directory)
-        configs.from_hf(content)  # a wrong config is said before the files are looked at
-        self._account(content, SafetensorsDir(directory))
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = open_directory(directory)
+        self.config_json = read_config_bytes(self.directory)
+        content = parse_config_json(self.config_json, self.directory.at("config.json"))
+        configs.from_hf(text_config(content))  # a wrong config is said before the files are looked at
+        self._account(content, SafetensorsDir(self.directory))
         self._check_repeated_shapes()
 
     @classmethod
@@ -151,10 +239,14 @@ class HfSource:
         return source
 
     def _account(self, content: Mapping[str, Any], files: SafetensorsDir) -> None:
-        self.files = files
-        self.plan = plan_source(configs.from_hf(content), files.tensors, read_quantization(content))
+        content = text_config(content)
+        self.files: Files = TextPart(files) if has_text_part(files.tensors) else files
+        self.plan = plan_source(configs.from_hf(content), self.files.tensors, read_quantization(content))
+        if isinstance(self.files, TextPart):
+            note = f"only the language model is taken; {len(self.files.left_out)} tensors of other parts are left out"
+            self.plan = dataclasses.replace(self.plan, notes=(*self.plan.notes, note))
         self.config = self.plan.config
-        self.weights = HfArrays(files, self.plan.slots, self.plan.quantized)
+        self.weights = HfArrays(self.files, self.plan.slots, self.plan.quantized)
 
     def dtypes(self, weight: str) -> list[np.dtype]:
         """The dtypes of all tensors of a weight."""
@@ -196,15 +288,36 @@ class HfSource:
         return HfArrays(self.files, slots, {})
 
     def _check_repeated_shapes(self) -> None:
-        """Hold the tensors that repeat the shape of a quantised matrix against the shape that it must have."""
+        """Read the tensors that repeat the shape of a quantised matrix, and hold them against that shape."""
         problems = Problems()
-        for name, layout in self.plan.quantized.items():
-            shape = list(self.plan.slots[name].shape)
-            for stored in (name + part.suffix for part in layout.parts if part.array is None):
-                said = self.files.read(stored).tolist()
-                if said != shape:
-                    problems.add("of the wrong content", f"{stored} holds {said}, should hold {shape}")
+        expected = {
+            name + part.suffix: list(self.plan.slots[name].shape)
+            for name, layout in self.plan.quantized.items()
+            for part in layout.parts
+            if part.array is None
+        }
+        self.repeated = self.files.fetch(expected)
+        for stored, shape in expected.items():
+            said = self.repeated[stored].tolist()
+            if said != shape:
+                problems.add("of the wrong content", f"{stored} holds {said}, should hold {shape}")
         problems.raise_any(self.plan.config)
+
+
+def read_config_bytes(directory: Directory) -> bytes:
+    """The config.json of a directory.
+
+    Raises:
+        ConfigError: it is absent, or cannot be read.
+    """
+    place = directory.at("config.json")
+    try:
+        content = read_small(directory, "config.json", _MAX_CONFIG_BYTES)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
+    if content is None:
+        raise ConfigError(f"{place} does not exist; a Hugging Face checkpoint directory has one")
+    return content
 
 
 def common_dtype(dtypes: list[np.dtype]) -> np.dtype:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from glm_jax.checkpoint.convert import Conversion
+from glm_jax.checkpoint.convert import Conversion, assets_of
 from glm_jax.checkpoint.layout import Layout, Unit, plan_layout
 from glm_jax.checkpoint.orbax_io import ArraySpec
 from glm_jax.checkpoint.orbax_source import ASSETS, OrbaxSource, is_orbax
@@ -49,7 +49,7 @@ def verify(
     """Compare a converted checkpoint with the Hugging Face directory that it was made of.
 
     Args:
-        source: the Hugging Face directory.
+        source: the Hugging Face directory, or its URL.
         target: the directory that `convert` made of it.
         threads: units at work at a time; by default what suits the cores.
         progress: called with the bytes done and the bytes in all.
@@ -62,7 +62,7 @@ def verify(
     if not is_orbax(Path(target)):
         raise CheckpointError(f"{target} is no Orbax checkpoint of glm_jax (it has no glm_jax.json)")
     hf, checkpoint = HfSource(source), OrbaxSource(target)
-    comparison = _Comparison(hf, checkpoint, Path(source), Path(target))
+    comparison = _Comparison(hf, checkpoint, Path(target))
     total, done = sum(unit.nbytes for unit in comparison.layout.units), 0
 
     def note(units: Any) -> None:
@@ -90,7 +90,7 @@ def check_equal(source: str | Path, target: str | Path, *, threads: int | None =
 class _Comparison:
     """Stands where a conversion's writer does, and compares what would be written with what is there."""
 
-    def __init__(self, hf: HfSource, checkpoint: OrbaxSource, source: Path, target: Path) -> None:
+    def __init__(self, hf: HfSource, checkpoint: OrbaxSource, target: Path) -> None:
         self._hf, self._checkpoint, self._target = hf, checkpoint, target
         self.problems: list[str] = []
         self.tensors = 0
@@ -101,7 +101,7 @@ class _Comparison:
         self.layout: Layout = plan_layout(hf, keep=bool(same), made=made)
         self.arrays: dict[str, ArraySpec] = dict(self.layout.arrays)
         self._conversion = Conversion(hf, self.layout, self)
-        self._compare_what_is_there(source)
+        self._compare_what_is_there()
 
     def process(self, unit: Unit) -> None:
         """Compare everything that a unit's tensors go to."""
@@ -135,7 +135,7 @@ class _Comparison:
         found = [tensor for tensor, _ in form.tensors_in(name, index)]
         return [*found[:3], *(["..."] if len(found) > 3 else [])]
 
-    def _compare_what_is_there(self, source: Path) -> None:
+    def _compare_what_is_there(self) -> None:
         """Configuration, arrays and files beside them."""
         if self._hf.config != self._checkpoint.config:
             self._add("the manifest's configuration is not that of the source")
@@ -145,9 +145,11 @@ class _Comparison:
         for name, spec in self.arrays.items():
             if name in found and (found[name].shape, found[name].dtype) != (spec.shape, spec.dtype):
                 self._add(f"array {name} is {found[name].dtype} {found[name].shape}, not {spec.dtype} {spec.shape}")
-        for path in sorted((self._target / ASSETS).iterdir()) if (self._target / ASSETS).is_dir() else ():
-            beside = source / path.name
-            if not beside.is_file() or beside.read_bytes() != path.read_bytes():
+        theirs = dict(assets_of(self._hf.directory))
+        ours = (self._target / ASSETS).iterdir() if (self._target / ASSETS).is_dir() else ()
+        for path in sorted(ours):
+            beside = theirs.get(path.name)
+            if beside is None or beside.fetch(0, beside.size) != path.read_bytes():
                 self._add(f"file {ASSETS}/{path.name} differs from the source's")
 
     def _add(self, problem: str) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
     """The verb's flags."""
-    text = "directory with config.json and *.safetensors; for --dry_run also a list of tensors"
+    text = "directory with config.json and *.safetensors, or its URL (gs://...); for --dry_run also a list of tensors"
     absl_flags.DEFINE_string("source", None, text, flag_values=flags)
     absl_flags.DEFINE_string("target", None, "directory to make; absent or empty", flag_values=flags)
     choices, text = (

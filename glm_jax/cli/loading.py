@@ -16,7 +16,7 @@ from glm_jax.cli import printing
 from glm_jax.configs import ModelConfig
 from glm_jax.errors import CheckpointError, Error
 from glm_jax.model import Transformer
-from glm_jax.sharding import QuantizedArray, default_mesh, parse_mesh, rules_named, weights_by_name
+from glm_jax.sharding import default_mesh, keep_programs, parse_mesh, rules_named
 
 
 def find_devices() -> list[jax.Device]:
@@ -45,11 +45,16 @@ def chosen_dtype(flags: absl_flags.FlagValues) -> Any:
 def loading_options(flags: absl_flags.FlagValues, config: ModelConfig) -> dict[str, Any]:
     """How to load --model, whose config is known, by --mesh, --rules, --dtype, --quantized and --layers.
 
+    With --cache this process then takes compiled programs from there, and keeps them there.
+
     Raises:
-        InputError: the model has no such layers.
+        InputError: the model has no such layers, or --cache cannot be written to.
         ShardingError: there is no such mesh, or there are no rules of that name.
     """
-    rules, mesh = rules_named(flags.rules), chosen_mesh(flags, LayerRange.of(config, flags.layers).config)
+    of_layers = LayerRange.of(config, flags.layers).config
+    rules, mesh = rules_named(flags.rules), chosen_mesh(flags, of_layers)
+    if flags.cache is not None:
+        keep_programs(flags.cache, of_layers, mesh)
     chosen = {"mesh": mesh, "rules": rules, "dtype": chosen_dtype(flags)}
     return {**chosen, "quantized": flags.quantized, "layers": flags.layers}
 
@@ -65,10 +70,6 @@ def show_notes(model: Transformer) -> None:
     """What was decided when a model was loaded, on stderr."""
     for note in model.notes:
         printing.notice(note)
-    values = [weight.get_raw_value() for weight in weights_by_name(model).values()]
-    narrow = any(isinstance(value, QuantizedArray) and not value.bits for value in values)
-    if narrow and model.mesh.devices.flat[0].platform == "cpu":
-        printing.notice("quantised weights are slow on a CPU; with enough memory --quantized=dequantize is faster")
 
 
 def named_config(name: str) -> ModelConfig | None:

@@ -3,7 +3,8 @@
 For every mesh of the devices: bytes by part (weights, cache, gradients and optimizer exactly as a run holds them,
 activations and buffers of collectives estimated), the largest batch and length that fit, the time of a step at the
 hardware's best and what bounds it. Meshes that cannot hold the model are listed with the sentence that loading would
-refuse them with. Nothing is loaded and no device is needed.
+refuse them with. Nothing is loaded and no device is needed. With --compile the compiler of the devices, which need not
+be here either, checks the first mesh; with --cache it also prepares every program of generation on it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags as absl_flags
 
-from glm_jax.cli import plan_text
+from glm_jax.cli import plan_compile, plan_text
 from glm_jax.cli.shared_flags import define_integer, define_json, define_rules, need
 from glm_jax.errors import InputError
 
@@ -46,12 +47,14 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     text("weights", "bfloat16", "bfloat16, float16, float32, fp8, int8 or int4: of experts and projections")
     text("cache_dtype", None, "bfloat16, float16, float32, fp8 or int8; by default that of the arithmetic")
     define_rules(flags)
+    plan_compile.define_compile(flags)
     define_json(flags)
 
 
 def run(flags: absl_flags.FlagValues) -> dict[str, Any]:
     """Plan --job of --model on --count devices of a kind."""
     need(flags, "model")
+    plan_compile.check(flags)
     memory = None if flags.memory is None else parse_memory(flags.memory)
     from glm_jax import planning
     from glm_jax.sharding import rules_named
@@ -68,9 +71,11 @@ def run(flags: absl_flags.FlagValues) -> dict[str, Any]:
         rules=rules_named(flags.rules),
     )
     plan = planning.make_plan(job, cluster)
+    chosen = plan_compile.choose(flags, plan) if flags.compile else None
     if not flags.json:
         plan_text.show(flags.model, plan)
-    return plan_text.as_json(flags.model, plan)
+    result = plan_text.as_json(flags.model, plan)
+    return result if chosen is None else {**result, **plan_compile.run(flags, plan, chosen)}
 
 
 def parse_memory(text: str) -> int:

@@ -69,7 +69,7 @@ def show(model: str, plan: Plan) -> None:
     print(f"{model}: {what} {job.batch} x {job.length} tokens, weights {job.weights}{cache}{rules}")
     shape = _topology(cluster)
     where = f" ({shape} chips)" if shape else ""
-    print(f"{cluster.count} x {cluster.device.name}{where}, {_size(cluster.device.memory)} each")
+    print(f"{cluster.count} x {cluster.device.name}{where}, {size(cluster.device.memory)} each")
     print()
     _show_meshes(plan)
     if plan.meshes:
@@ -87,7 +87,7 @@ def _show_meshes(plan: Plan) -> None:
         step = ("", "") if entry.times is None else (_seconds(entry.times.step), entry.times.bound)
         fits = "fits" if entry.fits else "does not fit"
         room = (f"{entry.largest_batch}", f"{entry.largest_length}")
-        rows.append((_written(entry.mesh.shape), _size(entry.held.total), fits, *room, *step))
+        rows.append((_written(entry.mesh.shape), size(entry.held.total), fits, *room, *step))
     print(printing.columns(rows))
     _show_rest(len(plan.meshes))
 
@@ -95,8 +95,8 @@ def _show_meshes(plan: Plan) -> None:
 def _show_best(best: MeshPlan, plan: Plan) -> None:
     title = "the first" if best.fits else "none fits; the smallest"
     print(f"\n{title}: {_written(best.mesh.shape)}")
-    parts = [(name, f"{_size(size):>11}") for name, size in dataclasses.asdict(best.held).items() if size]
-    rows = [*parts, ("total", f"{_size(best.held.total):>11}")]
+    parts = [(name, f"{size(count):>11}") for name, count in dataclasses.asdict(best.held).items() if count]
+    rows = [*parts, ("total", f"{size(best.held.total):>11}")]
     if best.times is not None:
         rate = plan.job.batch * plan.job.queries / best.times.step
         rows += [(f"{name} time", f"{_seconds(each):>11}") for name, each in dataclasses.asdict(best.times).items()]
@@ -129,7 +129,8 @@ def _seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.2f} ms"
 
 
-def _size(count: int) -> str:
+def size(count: int) -> str:
+    """Bytes for people."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if count >= unit:
             return f"{count / unit:.2f} {name}"

@@ -65,7 +65,7 @@ def define_processes(flags: absl_flags.FlagValues) -> None:
 
 
 def define_loading(flags: absl_flags.FlagValues) -> None:
-    """--model, --mesh, --rules, --dtype, --quantized, --layers and `define_processes`'s: for verbs that load."""
+    """--model, --mesh, --rules, --dtype, --quantized, --layers, --cache and `define_processes`'s: verbs that load."""
     absl_flags.DEFINE_string("model", None, "directory of an Orbax or a Hugging Face checkpoint", flag_values=flags)
     text = "devices along each axis, as data=1,expert=4,tensor=2; by default over all devices that divide the model"
     absl_flags.DEFINE_string("mesh", None, text, flag_values=flags)
@@ -74,6 +74,8 @@ def define_loading(flags: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_enum("dtype", None, DTYPES, text, flag_values=flags)
     text = "run quantised weights as they are stored, or as weights of --dtype (faster on a CPU, but larger)"
     absl_flags.DEFINE_enum("quantized", "keep", QUANTIZED, text, flag_values=flags)
+    text = "a directory to keep compiled programs in, and to take them from (glm-jax plan --compile --cache fills it)"
+    absl_flags.DEFINE_string("cache", None, text, flag_values=flags)
     text = "only these decoder layers, as 0:4, to try a part of a large model; by default all"
     absl_flags.DEFINE_string("layers", None, text, flag_values=flags)
     define_processes(flags)

@@ -30,16 +30,29 @@ def read_config_json(directory: str | Path) -> dict[str, Any]:
     """
     path = Path(directory) / "config.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; a Hugging Face checkpoint directory has one") from None
-    except RecursionError:
-        raise ConfigError(f"{path} is not readable JSON: it is nested too deeply") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise ConfigError(f"{path} is not readable JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds a {type(content).__name__}, not a JSON object")
-    return content
+    return parse_config_json(content, path)
+
+
+def parse_config_json(content: bytes, place: str | Path) -> dict[str, Any]:
+    """Return the content of a config.json, which was read at `place`, as a dict.
+
+    Raises:
+        ConfigError: it is not JSON, or not an object.
+    """
+    try:
+        parsed = json.loads(content.decode())
+    except RecursionError:
+        raise ConfigError(f"{place} is not readable JSON: it is nested too deeply") from None
+    except ValueError as error:
+        raise ConfigError(f"{place} is not readable JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise ConfigError(f"{place} holds a {type(parsed).__name__}, not a JSON object")
+    return parsed
 
 
 def write_config_json(directory: str | Path, content: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from glm_jax.inference.sampling import Sampler
 from glm_jax.layers.step import Kernels
-from glm_jax.model import Cache, Transformer, create_cache
+from glm_jax.model import Cache, Transformer, abstract_cache, create_cache
 from glm_jax.sharding import batch_sharding, take_position
 from glm_jax.sharding.distributed import to_devices, to_host
 
@@ -68,9 +68,32 @@ class Runner:
                 taken.append(tokens)
             return state, np.stack([to_host(tokens) for tokens in taken])
 
+    def lower_prefill(self, batch: int, sampler: Sampler, *, padded_length: int, room: int) -> Any:
+        """What `prefill` compiles for so many prompts, lowered; the model may be abstract."""
+        tokens, lengths = abstract_prompts(self.model, batch, padded_length)
+        with jax.set_mesh(self.mesh):
+            cache = abstract_cache(self.model, batch, room)
+            return self._programs.prefill.lower(self._leaves, tokens, lengths, cache, sampler)
+
+    def lower_decode(self, batch: int, sampler: Sampler, *, steps: int, room: int) -> Any:
+        """What `decode` compiles for so many sequences, lowered; the model may be abstract."""
+        _, each = abstract_prompts(self.model, batch, room)
+        with jax.set_mesh(self.mesh):
+            cache = abstract_cache(self.model, batch, room)
+            if self._steps_fused:
+                return self._programs.decode.lower(self._leaves, cache, each, each, sampler, steps)
+            return self._programs.decode_one.lower(self._leaves, cache, each, each, sampler)
+
     def steps_within(self, left: int, steps: int) -> int:
         """At most `steps`, and no more than the `left` tokens need, where another number is no other compilation."""
         return steps if self._steps_fused else min(steps, left)
+
+
+def abstract_prompts(model: Transformer, batch: int, length: int) -> tuple[Any, Any]:
+    """The shapes and shardings of tokens [B, length] and of one int32 a sequence [B], on a model's mesh."""
+    of_tokens = batch_sharding(batch, model.mesh, model.rules, length=length)
+    tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=of_tokens)
+    return tokens, jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=batch_sharding(batch, model.mesh, model.rules))
 
 
 def place_prompts(model: Transformer, prompts: list[list[int]], padded_length: int) -> tuple[jax.Array, jax.Array]:
@@ -84,15 +107,34 @@ def place_prompts(model: Transformer, prompts: list[list[int]], padded_length: i
     return to_devices(tokens, of_tokens), to_devices(lengths, batch_sharding(batch, model.mesh, model.rules))
 
 
-class _Programs(NamedTuple):
+class Programs(NamedTuple):
+    """The programs of generation, to be traced: each takes the leaves of a model first.
+
+    Attributes:
+        prefill: (leaves, tokens [B, T], lengths [B], cache, sampler) -> DecodeState; consumes the cache.
+        decode: (leaves, cache, tokens [B], positions [B], sampler, steps) -> state, tokens [steps, B]; consumes the
+            cache.
+        decode_one: (leaves, cache, tokens [B], positions [B], sampler) -> cache, tokens, positions; consumes the cache.
+    """
+
     prefill: Any
     decode: Any
     decode_one: Any
 
 
 @functools.lru_cache(maxsize=16)
-def _programs(structure: Any, kernels: Kernels) -> _Programs:
-    """The jitted functions over the leaves of models of one structure; shapes are left to jit's own cache."""
+def _programs(structure: Any, kernels: Kernels) -> Programs:
+    """The jitted programs of models of one structure; shapes are left to jit's own cache."""
+    plain = programs(structure, kernels)
+    return Programs(
+        prefill=jax.jit(plain.prefill, donate_argnums=3),
+        decode=jax.jit(plain.decode, static_argnums=5, donate_argnums=1),
+        decode_one=jax.jit(plain.decode_one, donate_argnums=1),
+    )
+
+
+def programs(structure: Any, kernels: Kernels) -> Programs:
+    """The programs of models of one structure, as functions to compile."""
 
     def prefill(leaves, tokens, lengths, cache, sampler):
         model = jax.tree.unflatten(structure, leaves)
@@ -116,8 +158,4 @@ def _programs(structure: Any, kernels: Kernels) -> _Programs:
 
         return jax.lax.scan(body, (cache, tokens, positions), length=steps)
 
-    return _Programs(
-        prefill=jax.jit(prefill, donate_argnums=3),
-        decode=jax.jit(decode, static_argnums=5, donate_argnums=1),
-        decode_one=jax.jit(decode_one, donate_argnums=1),
-    )
+    return Programs(prefill, decode, decode_one)

@@ -13,28 +13,44 @@ import jax
 import jax.numpy as jnp
 
 from glm_jax.layers.linear import precision_of
-from glm_jax.sharding import axes_of, local_call, reshape, spec_of
+from glm_jax.sharding import axes_of, local_call, platform, reshape, spec_of
 
 MAX_VECTORS = 16  # queries of a group up to which they are taken one by one on a CPU
+CAUSAL_PARTS = 4  # parts of a prompt that each see the keys up to their end: 5/8 of all pairs are computed
+MIN_CAUSAL = 256  # queries from which that is worth a program of more parts
 QUERY_BLOCK = 512  # rows of scores held at a time: 96 heads x 512 x 8192 keys in float32 are 1.6 GB a sequence
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, *, last_key: jax.Array, scale: float | None = None) -> jax.Array:
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, last_key: jax.Array, scale: float | None = None, fresh: bool = False
+) -> jax.Array:
     """Attention of q [B, T, N, H] over k [B, K, S, H] and v [B, K, S, I]; query t sees keys 0..last_key[b, t].
 
-    Scores are scaled by H^-0.5 or `scale`, softmax is float32. The heads may be split over devices: with those of k
-    and v, or, where K is 1, by themselves. So may be the queries T, and the keys S. Returns [B, T, N, I].
+    `fresh` says that the keys are those of the queries themselves (last_key is 0..T-1): what no query of a part sees
+    is then not computed. Scores are scaled by H^-0.5 or `scale`, softmax is float32. The heads may be split over
+    devices: with those of k and v, or, where K is 1, by themselves. So may be the queries T, and the keys S.
+
+    Returns:
+        [B, T, N, I] in the dtype of q.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if axes_of(q, 1) or axes_of(k, 2):
         return _attend_split(q, k, v, last_key, scale=scale)
-    return _in_blocks(functools.partial(_attend_block, k=k, v=v, scale=scale), q, last_key, width=v.shape[-1])
+    length = q.shape[1]
+    part = -(-length // CAUSAL_PARTS) if fresh and length >= MIN_CAUSAL else length
+    parts = []
+    for low in range(0, length, part):
+        seen = min(low + part, length) if fresh else k.shape[2]
+        block = functools.partial(_attend_block, k=k[:, :, :seen], v=v[:, :, :seen], scale=scale)
+        rows = slice(low, low + part)
+        parts.append(_in_blocks(block, q[:, rows], last_key[:, rows], width=v.shape[-1]))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
 
 
 def _in_blocks(block: Callable[..., jax.Array], q: jax.Array, last_key: jax.Array, *, width: int) -> jax.Array:
     """block(q, last_key) of all queries, of many by blocks of them, so that not all scores are held at once."""
     batch, length, heads, head_dim = q.shape
-    if length <= 2 * QUERY_BLOCK:
+    if length <= QUERY_BLOCK:
         return block(q, last_key)
     blocks = -(-length // QUERY_BLOCK)
     pad = blocks * QUERY_BLOCK - length
@@ -126,7 +142,8 @@ def _scores(rows: jax.Array, k: jax.Array) -> jax.Array:
         each = [jnp.einsum("bkh,bksh->bks", rows[:, :, row], k, **options) for row in range(rows.shape[2])]
         return jnp.stack(each, axis=2)
 
-    if rows.shape[2] <= MAX_VECTORS and jax.default_backend() == "cpu":
+    if rows.shape[2] <= MAX_VECTORS and platform() == "cpu":
         # XLA's CPU backend repacks the keys for a product of matrices; a vector at a time it reads them as they are.
         return local_call(by_vectors, rows, k, layout=[(rows, 0), (rows, 1), (rows, 2), (k, 2)])
-    return jnp.matmul(rows, k.swapaxes(2, 3), **options)
+    # Not a product with transposed keys: a GPU would keep the whole cache transposed and turn it round twice a step.
+    return jnp.einsum("bkrh,bksh->bkrs", rows, k, **options)

@@ -64,7 +64,7 @@ class GqaAttention(nnx.Module):
         else:
             assert cache is not None, "a pass that continues sequences needs their cache"
             keys, values = cache.read(layer)
-        out = attend(q, keys, values, last_key=step.positions)
+        out = attend(q, keys, values, last_key=step.positions, fresh=step.fresh)
         return project_reduce(out, self.o[...]), cache
 
     def empty_cache(self, zeros: Zeros, *, batch: int, length: int) -> KvCache:

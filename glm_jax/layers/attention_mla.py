@@ -25,7 +25,7 @@ from glm_jax.layers.norm import RmsNorm
 from glm_jax.layers.quantized import contract_outputs, weight_einsum
 from glm_jax.layers.rope import rotate
 from glm_jax.layers.step import Step
-from glm_jax.sharding import Normal, declare, whole
+from glm_jax.sharding import Normal, QuantizedArray, WeightArray, declare, whole
 
 
 class MlaAttention(nnx.Module):
@@ -66,11 +66,11 @@ class MlaAttention(nnx.Module):
             assert cache is not None, "a pass that continues sequences needs their cache"
             rows = cache.read(layer).astype(x.dtype)
         form = self._expanded if step.fresh or self._expanding_pays(x.shape[1]) else self._absorbed
-        return project_reduce(form(q, rows, step.positions), self.o[...]), cache
+        return project_reduce(form(q, rows, step), self.o[...]), cache
 
     def empty_cache(self, zeros: Zeros, *, batch: int, length: int) -> LatentCache:
         """A cache of `length` rows a sequence. No dimension is one of heads: tensor parallelism replicates it."""
-        return LatentCache(zeros((batch, 1, length, self.config.latent_dim), ("batch", None, "length", None)))
+        return LatentCache(zeros((batch, 1, length, self.config.latent_dim), ("batch", None, "length", "latent")))
 
     def _queries(self, x: jax.Array, step: Step) -> jax.Array:
         """The queries [B, T, N, qk] of x [B, T, D], their last values rotated."""
@@ -88,28 +88,38 @@ class MlaAttention(nnx.Module):
         key = rotate(both[:, :, None, rank:], step.rotation)[:, :, 0]
         return jnp.concatenate([self.kv_norm(both[..., :rank]), key], axis=-1)
 
-    def _expanded(self, q: jax.Array, rows: jax.Array, last_key: jax.Array) -> jax.Array:
+    def _expanded(self, q: jax.Array, rows: jax.Array, step: Step) -> jax.Array:
         """Attention of q [B, T, N, qk] over the keys and values made of rows [B, S, C]: [B, T, N, value]."""
         config = self.config
         made = project(rows[..., : config.kv_rank], self.kv_b[...])
         # The shared key for every head, laid out as the heads are.
-        shared = rows[:, :, None, config.kv_rank :] + jnp.zeros_like(made[..., :1])
+        shared = rows[:, :, None, config.kv_rank : config.latent_dim] + jnp.zeros_like(made[..., :1])
         keys = jnp.concatenate([made[..., : config.nope_dim], shared], axis=-1)
         values = made[..., config.nope_dim :]
         keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
-        return attend(q, keys, values, last_key=last_key, scale=config.softmax_scale)
+        return attend(q, keys, values, last_key=step.positions, scale=config.softmax_scale, fresh=step.fresh)
 
-    def _absorbed(self, q: jax.Array, rows: jax.Array, last_key: jax.Array) -> jax.Array:
+    def _absorbed(self, q: jax.Array, rows: jax.Array, step: Step) -> jax.Array:
         """The same, over the rows [B, S, C] themselves."""
-        config, weight = self.config, self.kv_b[...]
+        config = self.config
+        weight: WeightArray = self.kv_b[...]
         nope, rank, precision = config.nope_dim, config.kv_rank, precision_of(q.dtype)
-        latent_q = contract_outputs(q[..., :nope], weight[:, :nope], precision=precision)
+        q_nope, of_keys, of_values = q[..., :nope], weight[:, :nope], weight[:, nope:]
+        if isinstance(weight, QuantizedArray) and not weight.bits:
+            # Parts of narrow values a GPU would widen and cut out before the product, as a copy of the weight. The
+            # whole it widens as it is read; the zeros and the results of the other part cost nothing beside that.
+            of_keys = of_values = weight
+            q_nope = jnp.pad(q_nope, [(0, 0), (0, 0), (0, 0), (0, config.value_dim)])
+        latent_q = contract_outputs(q_nope, of_keys, precision=precision)
+        unused = rows.shape[-1] - config.latent_dim
         latent_q = jnp.concatenate([latent_q, q[..., nope:]], axis=-1)
+        latent_q = jnp.pad(latent_q, [(0, 0), (0, 0), (0, 0), (0, unused)]) if unused else latent_q
         # The values are the first part of the keys; the rest of the product is left unused rather than the rows cut,
         # which would copy the cache.
         one_head = rows[:, None]
-        out = attend(latent_q, one_head, one_head, last_key=last_key, scale=config.softmax_scale)[..., :rank]
-        return weight_einsum("btnr,nhr->btnh", out, weight[:, nope:], precision=precision)
+        out = attend(latent_q, one_head, one_head, last_key=step.positions, scale=config.softmax_scale)[..., :rank]
+        out = weight_einsum("btnr,nhr->btnh", out, of_values, precision=precision)
+        return out[..., -config.value_dim :]
 
     def _expanding_pays(self, queries: int) -> bool:
         """Whether making keys and values is less work, for each cached token and head, than what it saves."""

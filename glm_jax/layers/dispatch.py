@@ -29,7 +29,7 @@ from jax import lax
 
 from glm_jax.errors import InputError
 from glm_jax.layers.experts import Experts, sort_order
-from glm_jax.sharding import QuantizedArray, WeightArray, axes_of, gather_weight, spec_of
+from glm_jax.sharding import QuantizedArray, WeightArray, axes_of, gather_weight, platform, spec_of
 
 GATHER, ALL_TO_ALL, RAGGED = "gather", "all_to_all", "ragged_all_to_all"
 DISPATCHES = (GATHER, ALL_TO_ALL, RAGGED)
@@ -82,7 +82,7 @@ def run_experts(
     )
     if dispatch is None:
         rows = ids.size // math.prod(sizes[axis] for axis in tokens)
-        dispatch = choose_dispatch(jax.default_backend(), rows, layout.peers)
+        dispatch = choose_dispatch(platform(), rows, layout.peers)
     if not layout.shared:
         dispatch = GATHER
 
@@ -285,7 +285,8 @@ def _ragged_round(tokens: Rows, plan: _Plan, window: _Window, run: Run) -> jax.A
         buffer = jnp.full_like(array, empty, shape=(peers * capacity, *array.shape[1:]))
         return lax.ragged_all_to_all(array, buffer, first, sizes, mine, received, axis_name=window.axes)
 
-    got = run(there(rows, 0), there(ids.at[plan.order].get(mode="clip"), -1))
+    # Finished before it is sent: what sends turns the rows round, and a compiler would do that to them in float32.
+    got = lax.optimization_barrier(run(there(rows, 0), there(ids.at[plan.order].get(mode="clip"), -1)))
     empty = jnp.zeros_like(got)
     return lax.ragged_all_to_all(got, empty, slots, received, mine, sizes, axis_name=window.axes)
 

@@ -6,6 +6,7 @@ y[t] = sum over k of weights[t, k] * expert[ids[t, k]](x[t]). The E experts are 
 0..E-1 means an expert elsewhere and adds nothing. No implementation drops a token.
 
     dense    every expert on every token, by one einsum: the reference, and right where a batch touches all experts
+    vectors  each choice by itself, a vector by its expert's matrices: GPU decode of few sequences
     blocks   rows sorted by expert and padded to blocks, each block with its expert's weights gathered: any platform
     ragged   rows sorted by expert, `lax.ragged_dot`: TPU and training (dense and slow on NVIDIA and CPU)
     switch   a loop over the experts hit with a tight product each: CPU
@@ -29,6 +30,7 @@ from glm_jax.sharding import QuantizedArray, WeightArray
 Experts = Callable[..., jax.Array]
 MAX_BLOCK_ROWS = 128
 CACHED_PARAMETERS = 2**19  # 2 MiB of float32
+MAX_DENSE_TOKENS = 512  # of a TPU's decode step, for which grouped products would copy the experts out of the stack
 
 
 def dense_experts(
@@ -38,12 +40,42 @@ def dense_experts(
     precision = precision_of(x_TD.dtype)
     chosen_TKE = ids_TK[:, :, None] == jnp.arange(down_EDF.shape[0])
     weights_TE = jnp.sum(jnp.where(chosen_TKE, weights_TK[:, :, None], 0.0), axis=1)
-    gate_up = weight_einsum("td,ecfd->etcf", x_TD, gate_up_E2FD, precision=precision)
-    hidden = swiglu(gate_up[:, :, 0], gate_up[:, :, 1])
+    # Tokens last, as the product makes them: a GPU would write any other order again, as an array of its own.
+    gate_up = weight_einsum("td,ecfd->ecft", x_TD, gate_up_E2FD, precision=precision)
+    hidden = swiglu(gate_up[:, 0], gate_up[:, 1]).swapaxes(1, 2)
     outputs = weight_einsum("etf,edf->etd", hidden, down_EDF, precision=precision)
     return jnp.einsum("etd,te->td", outputs.astype(jnp.float32), weights_TE, precision=lax.Precision.HIGHEST).astype(
         x_TD.dtype
     )
+
+
+def vector_experts(
+    x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, *, gate_up_E2FD: WeightArray, down_EDF: WeightArray
+) -> jax.Array:
+    """Each choice by itself, as a sum of elementwise products with its expert's weights.
+
+    A GPU reads the weights of such a sum from where they lie; for a product of matrices it would gather them first, as
+    copies. An expert that several tokens chose is read for each.
+    """
+    experts = down_EDF.shape[0]
+    ids_R = jnp.clip(ids_TK, 0, experts - 1).reshape(-1)
+    gate_up = _vector_product(jnp.repeat(x_TD, ids_TK.shape[1], axis=0), gate_up_E2FD, ids_R)
+    hidden = swiglu(gate_up[:, 0], gate_up[:, 1])
+    return _combine(_vector_product(hidden, down_EDF, ids_R), ids_TK, weights_TK, experts)
+
+
+def _vector_product(x_RN: jax.Array, weight_EXN: WeightArray, ids_R: jax.Array) -> jax.Array:
+    """Each row by the matrices of its expert, [R, ...]: the weight has any number of outputs' dimensions."""
+
+    def of_rows(array: jax.Array) -> jax.Array:
+        return array.at[ids_R].get(mode="promise_in_bounds")
+
+    if isinstance(weight_EXN, QuantizedArray):
+        weight_RXN = weight_EXN.map(of_rows).dequantize(jnp.float32)
+    else:
+        weight_RXN = of_rows(weight_EXN).astype(jnp.float32)
+    x = x_RN.astype(jnp.float32).reshape(x_RN.shape[0], *(1,) * (weight_RXN.ndim - 2), -1)
+    return jnp.sum(x * weight_RXN, axis=-1).astype(x_RN.dtype)
 
 
 def ragged_experts(
@@ -73,7 +105,8 @@ def _ragged_product(x_RN: jax.Array, weight_EMN: WeightArray, counts_E: jax.Arra
 
     def of_group(group: jax.Array | int) -> jax.Array:
         x = lax.dynamic_slice_in_dim(x_RN, group * size, size, axis=1)
-        values = lax.dynamic_slice_in_dim(weight_EMN.values, group * size, size, axis=2).astype(x.dtype)
+        values = lax.dynamic_slice_in_dim(weight_EMN.values, group * size, size, axis=2)
+        values = weight_EMN.numbers(values, x.dtype)
         y = lax.ragged_dot(x, values.swapaxes(1, 2), counts_E, precision=precision, preferred_element_type=jnp.float32)
         scale = lax.dynamic_index_in_dim(scale_EMG, group, axis=2, keepdims=False)
         return y * scale.at[expert_of_row].get(mode="clip")
@@ -148,22 +181,25 @@ def _combine(outputs_RD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, ex
 
 IMPLEMENTATIONS: dict[str, Experts] = {
     "dense": dense_experts,
+    "vectors": vector_experts,
     "blocks": block_experts,
     "ragged": ragged_experts,
     "switch": switch_experts,
 }
 
 
-def choose(platform: str, tokens: int, config: MoeConfig, embed_dim: int) -> str:
-    """The implementation for a platform (`cpu`, `gpu`, `tpu`) and the tokens of a pass.
+def choose(platform: str, tokens: int, config: MoeConfig, embed_dim: int, *, held: int) -> str:
+    """The implementation for a platform (`cpu`, `gpu`, `tpu`), the tokens of a pass, the experts that a device holds.
 
     CPU and TPU forms are measured and compiled choices (a layer whose experts together fit a CPU's cache is not worth
-    the loops); on GPU a decode batch that touches most experts reads them all once (`dense`), a smaller or much larger
-    one goes by blocks.
+    the loops). On GPU a decode batch of as many choices as a device holds experts reads all of these once (`dense`), a
+    smaller one those it chose, and neither copies any; many more rows go by blocks.
     """
     experts, rows = config.num_experts, tokens * config.num_experts_per_token
     if platform == "cpu":
         return "dense" if 3 * experts * config.expert_width * embed_dim <= CACHED_PARAMETERS else "switch"
     if platform == "tpu":
-        return "dense" if rows <= 4 * experts else "ragged"
-    return "dense" if experts <= rows <= 8 * experts else "blocks"
+        return "dense" if rows <= 4 * experts or tokens <= MAX_DENSE_TOKENS else "ragged"
+    if rows < held:
+        return "vectors"
+    return "dense" if rows <= 8 * experts else "blocks"

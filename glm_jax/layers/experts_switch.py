@@ -24,14 +24,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from glm_jax.layers.mlp import swiglu
-from glm_jax.layers.quantized import merge_outputs, multiply_rows, take
+from glm_jax.layers.quantized import cut_inputs, merge_outputs, multiply_row, multiply_rows, take
 from glm_jax.sharding import QuantizedArray, WeightArray
 
 Product = Callable[[WeightArray, jax.Array, jax.Array], jax.Array]
 Weights = tuple[WeightArray, WeightArray]
 
 STRIP_ROWS = (2, 4, 8)  # buckets multiplied by strips
-MAX_BIT_STRIP_ROWS = 4  # of bfloat16 bits: from there on a product of bfloat16 is faster
+MAX_NARROW_STRIP_ROWS = 4  # of quantised weights and of bfloat16 bits: from there on the copy is small beside the rest
 STRIP_WIDTH = 16  # columns of the narrowest strip: one 512-bit register of float32
 MAX_STRIPS = 32  # strips of a product: bounds the code that is compiled; the partial sums are 1/32 of the work
 MIN_STRIP_BYTES = 1 << 18  # an expert's matrix below this stays in the cache, copy and all
@@ -82,7 +82,7 @@ def _many_tokens(x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, weig
     by_count = jnp.argsort(counts)
     buckets = _buckets(tokens, tokens * choices // experts)
     # Rows by expert, with room for the last expert to read a whole bucket.
-    rows_by_expert = jnp.pad(jnp.argsort(expert_of_row, stable=True), (0, buckets[-1]))
+    rows_by_expert = jnp.pad(_stable_order(expert_of_row, experts), (0, buckets[-1]))
     weight_of_row = weights_TK.reshape(-1)
     edges = [jnp.sum(counts <= edge, dtype=jnp.int32) for edge in (0, *buckets)]
 
@@ -106,14 +106,22 @@ def _many_tokens(x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, weig
 def _buckets(tokens: int, mean: int) -> tuple[int, ...]:
     """Row counts that are compiled: an expert of n rows runs in the smallest that holds n. The last holds all tokens.
 
-    Powers of two, and one between two of them around the mean rows of an expert, where most experts are. Each costs
-    compile time: long prompts, which rarely leave an expert a handful of rows, go without the smallest.
+    Powers of two, and from the mean rows of an expert on, where most of the work is, one between two of them. Each
+    costs compile time: long prompts, which rarely leave an expert a handful of rows, go without the smallest.
     """
     powers = [1 << i for i in range(1, max(2, tokens).bit_length() + 1)]
-    between = [3 * power // 4 for power in powers if power > STRIP_ROWS[-1] and mean <= power <= 4 * mean]
+    between = [3 * power // 4 for power in powers if power > STRIP_ROWS[-1] and power >= mean]
     low = STRIP_ROWS[0] if tokens <= MAX_FEW_TOKENS else STRIP_ROWS[-1]
     sizes = sorted(size for size in {*powers, *between} if size >= low)
     return tuple(sizes[: next(i for i, rows in enumerate(sizes) if rows >= tokens) + 1])
+
+
+def _stable_order(keys: jax.Array, highest: int) -> jax.Array:
+    """The stable order of keys [R] in 0..highest. XLA's CPU backend sorts plain numbers four times as fast as pairs."""
+    rows = keys.shape[0]
+    if (highest + 1) * rows > jnp.iinfo(jnp.int32).max:
+        return jnp.argsort(keys, stable=True)
+    return jnp.sort(keys * rows + jnp.arange(rows, dtype=jnp.int32)) % rows
 
 
 def _expert(product: Product, weights: Weights, index: jax.Array, x_RD: jax.Array) -> jax.Array:
@@ -126,7 +134,7 @@ def _expert(product: Product, weights: Weights, index: jax.Array, x_RD: jax.Arra
 
 
 def _fused_vector(weight_EMN: WeightArray, index: jax.Array, x_1N: jax.Array) -> jax.Array:
-    return multiply_rows(x_1N, take(weight_EMN, index))
+    return multiply_row(x_1N, weight_EMN, index)
 
 
 def _copied(weight_EMN: WeightArray, index: jax.Array, x_RN: jax.Array) -> jax.Array:
@@ -136,38 +144,32 @@ def _copied(weight_EMN: WeightArray, index: jax.Array, x_RN: jax.Array) -> jax.A
 def _strips(weight_EMN: WeightArray, index: jax.Array, x_RN: jax.Array) -> jax.Array:
     """x @ weight[index].T as a sum over strips of columns, then over the columns of a strip."""
     _, outputs, inputs = weight_EMN.shape
-    strips, rows = _strip_count(inputs), x_RN.shape[0]
-    if isinstance(weight_EMN, QuantizedArray) and (not weight_EMN.bits or rows > MAX_BIT_STRIP_ROWS):
-        return _copied(weight_EMN, index, x_RN)
+    rows, group = x_RN.shape[0], 1
+    if isinstance(weight_EMN, QuantizedArray):
+        if rows > MAX_NARROW_STRIP_ROWS:
+            return _copied(weight_EMN, index, x_RN)
+        group = weight_EMN.group_size
+    strips = _strip_count(inputs, group)
     if strips == 1 or outputs * inputs * weight_EMN.dtype.itemsize < MIN_STRIP_BYTES:
         return _copied(weight_EMN, index, x_RN)
     strip = inputs // strips
     x_RN = x_RN.astype(jnp.float32)
     partial = jnp.zeros((outputs, rows, strip), jnp.float32)
     for low in range(0, inputs, strip):
-        weight = _strip(weight_EMN, index, low, strip)
+        weight = cut_inputs(weight_EMN, index, low, low + strip).astype(jnp.float32)
         partial = partial + weight[:, None, :] * x_RN[None, :, low : low + strip]
     # As a product with ones, which XLA keeps apart from the sum above; a fused reduction would undo its vectors.
     sums = partial.reshape(outputs * rows, strip) @ jnp.ones((strip,), jnp.float32)
     return sums.reshape(outputs, rows).T
 
 
-def _strip(weight_EMN: WeightArray, index: jax.Array, low: int, width: int) -> jax.Array:
-    """Columns low to low + width of one matrix, in float32."""
+def _strip_count(inputs: int, group: int = 1) -> int:
+    """The most strips of equal width that are at most MAX_STRIPS, of whole registers; 1 if there are none.
 
-    def cut(array: jax.Array) -> jax.Array:
-        return lax.dynamic_slice(array, (index, 0, low), (1, array.shape[1], width))[0]
-
-    return (
-        weight_EMN.map(cut).dequantize()
-        if isinstance(weight_EMN, QuantizedArray)
-        else cut(weight_EMN).astype(jnp.float32)
-    )
-
-
-def _strip_count(inputs: int) -> int:
-    """The most strips of equal width that are at most MAX_STRIPS, of whole registers; 1 if there are none."""
-    return max((n for n in range(1, MAX_STRIPS + 1) if inputs % n == 0 and (inputs // n) % STRIP_WIDTH == 0), default=1)
+    A strip is whole groups of inputs, or a part of one.
+    """
+    widths = {n: inputs // n for n in range(1, MAX_STRIPS + 1) if inputs % n == 0 and (inputs // n) % STRIP_WIDTH == 0}
+    return max((n for n, width in widths.items() if width % group == 0 or group % width == 0), default=1)
 
 
 def _is_local(ids_TK: jax.Array, experts: int) -> jax.Array:

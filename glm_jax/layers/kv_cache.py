@@ -52,7 +52,8 @@ class KvCache:
 class LatentCache:
     """Latent vectors and rotated shared keys, side by side: [B, 1, S, C], or [L, B, 1, S, C] of a stacked group.
 
-    C is `MlaConfig.latent_dim`, 576 for DeepSeek-V3 and Kimi K2: keys and values of all heads are made of it.
+    C is `MlaConfig.latent_dim`, 576 for DeepSeek-V3 and Kimi K2: keys and values of all heads are made of it. On a TPU
+    it is rounded up, the rest being zeros (`model.cache`).
     """
 
     rows: jax.Array
@@ -64,6 +65,8 @@ class LatentCache:
 
     def write(self, latent: jax.Array, positions: jax.Array, layer: jax.Array | None) -> LatentCache:
         """Put latent [B, T, C] into the rows `positions` [B, T] (those beyond the cache are dropped)."""
+        unused = self.rows.shape[-1] - latent.shape[-1]
+        latent = jnp.pad(latent, [(0, 0), (0, 0), (0, unused)]) if unused else latent
         return LatentCache(_scatter(self.rows, latent[:, :, None], positions, layer))
 
     def read(self, layer: jax.Array | None) -> jax.Array:
@@ -82,17 +85,19 @@ def _scatter(rows: jax.Array, new: jax.Array, positions: jax.Array, layer: jax.A
     new, positions = whole(new, 1), whole(positions, 1)
 
     def local(rows: jax.Array, new: jax.Array, positions: jax.Array, layer: jax.Array) -> jax.Array:
-        if positions.size == 1:
+        if new[..., 0].size == 1:
             # Twice the same row: XLA turns a scatter of a single one into a choice between two whole caches.
             new, positions = jnp.repeat(new, 2, axis=1), jnp.repeat(positions, 2, axis=1)
         if split:  # each device writes the rows that it has; the others fall off the end
             positions = positions - jax.lax.axis_index(split) * rows.shape[-2]
             positions = jnp.where(positions < 0, rows.shape[-2], positions)
-        sequences = jnp.arange(new.shape[0])[:, None]
-        new = new.astype(rows.dtype)
+        # One vector at a time: written as a window over the heads, a TPU would keep the heads of a row together, and
+        # lay out the whole cache anew before each step and after it.
+        sequences, heads = jnp.arange(new.shape[0])[:, None, None], jnp.arange(new.shape[2])
+        new, positions = new.astype(rows.dtype), positions[:, :, None]
         if rows.ndim == 4:
-            return rows.at[sequences, :, positions].set(new)
-        return rows.at[layer, sequences, :, positions].set(new)
+            return rows.at[sequences, heads, positions].set(new)
+        return rows.at[layer, sequences, heads, positions].set(new)
 
     layer = jnp.int32(0) if layer is None else layer
     if jax.sharding.get_abstract_mesh().empty:

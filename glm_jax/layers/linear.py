@@ -25,6 +25,7 @@ from glm_jax.sharding import (
     local_call,
     local_sum,
     multiply_apart,
+    platform,
     reshape,
     spread_outputs,
 )
@@ -56,7 +57,7 @@ def _outputs(x: jax.Array, weight: WeightArray) -> list[tuple[jax.Array, int]]:
 def _project_quantized(x: jax.Array, weight: QuantizedArray) -> jax.Array:
     outputs = weight.shape[:-1]
     matrix = merge_outputs(weight, 0, len(outputs))
-    if weight.bits:
+    if weight.bits or platform() == "cpu":
         y = multiply_rows(x.reshape(-1, x.shape[-1]), matrix).astype(x.dtype)
     else:
         y = weight_einsum("btd,od->bto", x, matrix, precision=precision_of(x.dtype))
@@ -89,7 +90,7 @@ def project_reduce(x: jax.Array, weight: WeightArray) -> jax.Array:
 
 def _reduce_quantized(x: jax.Array, weight: QuantizedArray) -> jax.Array:
     rows = x.reshape(*x.shape[:2], -1)
-    if weight.bits:
+    if weight.bits or platform() == "cpu":
         y = multiply_rows(rows.reshape(-1, rows.shape[-1]), merge_inputs(weight)).astype(x.dtype)
         return y.reshape(*x.shape[:2], -1)
     return weight_einsum("bti,di->btd", rows, merge_inputs(weight), precision=precision_of(x.dtype))

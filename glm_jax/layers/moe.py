@@ -11,7 +11,7 @@ from glm_jax.layers.experts import IMPLEMENTATIONS, choose
 from glm_jax.layers.mlp import Mlp
 from glm_jax.layers.router import Router
 from glm_jax.layers.step import Step
-from glm_jax.sharding import Normal, declare
+from glm_jax.sharding import Normal, declare, local_size, platform
 
 
 class Experts(nnx.Module):
@@ -39,12 +39,13 @@ class Moe(nnx.Module):
         """x [B, T, D] -> [B, T, D], and the experts chosen for each token, int32 [B, T, K]."""
         routing = self.router(x)
         tokens, config = x.shape[0] * x.shape[1], self.config
-        name = step.kernels.experts or choose(jax.default_backend(), tokens, config, x.shape[-1])
+        gate_up = self.experts.gate_up[...]
+        name = step.kernels.experts or choose(platform(), tokens, config, x.shape[-1], held=local_size(gate_up, 0))
         routed = run_experts(
             x,
             routing.ids,
             routing.weights,
-            gate_up=self.experts.gate_up[...],
+            gate_up=gate_up,
             down=self.experts.down[...],
             experts=IMPLEMENTATIONS[name],
             dispatch=step.kernels.dispatch,

@@ -6,6 +6,7 @@ narrow values, converted as they are read, and is scaled after; with groups of i
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -17,6 +18,7 @@ from glm_jax.sharding import QuantizedArray, WeightArray
 
 # Values of all groups' products that are held at once (256 MiB of float32); beyond, one group follows the other.
 MAX_GROUP_VALUES = 2**26
+MAX_FUSED_INPUTS = 2**12 - 2**7  # of a row that XLA's CPU backend multiplies without writing out the matrix
 _GROUP = "z"  # the einsum label of groups
 
 
@@ -40,7 +42,7 @@ def weight_einsum(
     x_labels, weight_labels = operands.split(",")
     options = {"precision": precision, "preferred_element_type": jnp.float32}
     if not weight.grouped:
-        y = jnp.einsum(equation, x, weight.values.astype(x.dtype), **options)
+        y = jnp.einsum(equation, x, weight.numbers(weight.values, x.dtype), **options)
         return (y * _spread(weight.scale, weight_labels[:-1], out)).astype(result_dtype)
     groups, inputs = weight.scale.shape[-1], x_labels[-1]
     x = x.reshape(*x.shape[:-1], groups, weight.group_size)
@@ -48,12 +50,12 @@ def weight_einsum(
     sizes = dict(zip(x_labels[:-1] + weight_labels[:-1], (*x.shape[:-2], *values.shape[:-2]), strict=True))
     if groups * math.prod(sizes[label] for label in out) <= MAX_GROUP_VALUES:
         grouped = f"{x_labels[:-1]}{_GROUP}{inputs},{weight_labels[:-1]}{_GROUP}{inputs}->{out}{_GROUP}"
-        y = jnp.einsum(grouped, x, values.astype(x.dtype), **options)
+        y = jnp.einsum(grouped, x, weight.numbers(values, x.dtype), **options)
         y = jnp.sum(y * _spread(weight.scale, weight_labels[:-1] + _GROUP, out + _GROUP), axis=-1)
         return y.astype(result_dtype)
 
     def of_group(group: Any) -> jax.Array:
-        part = lax.dynamic_index_in_dim(values, group, axis=-2, keepdims=False).astype(x.dtype)
+        part = weight.numbers(lax.dynamic_index_in_dim(values, group, axis=-2, keepdims=False), x.dtype)
         y = jnp.einsum(equation, lax.dynamic_index_in_dim(x, group, axis=-2, keepdims=False), part, **options)
         scale = lax.dynamic_index_in_dim(weight.scale, group, axis=-1, keepdims=False)
         return y * _spread(scale, weight_labels[:-1], out)
@@ -89,16 +91,59 @@ def take(weight: WeightArray, index: jax.Array) -> WeightArray:
 def multiply_rows(x_RN: jax.Array, weight_MN: WeightArray) -> jax.Array:
     """Rows by a matrix on a CPU, float32 [R, M]; each form of a weight by the product that XLA does best.
 
-    Of bits a single row multiplies as float32, which is fused with the shift, and more rows as bfloat16. Other
-    quantised matrices are dequantised: one expert's, or one projection's.
+    Several rows by bfloat16 bits multiply as bfloat16. Other quantised matrices are dequantised: one expert's, or one
+    projection's.
     """
+    if x_RN.shape[0] == 1:
+        stack = weight_MN.map(lambda a: a[None]) if isinstance(weight_MN, QuantizedArray) else weight_MN[None]
+        return multiply_row(x_RN, stack, 0)
     if isinstance(weight_MN, QuantizedArray):
-        if weight_MN.bits and x_RN.shape[0] > 1:
+        if weight_MN.bits:
             # Only this form of it, of two matrices, is one that XLA's CPU backend has in bfloat16.
             x_RN, matrix = x_RN.astype(jnp.bfloat16), weight_MN.as_bfloat16()
             return jnp.einsum("rn,mn->rm", x_RN, matrix, preferred_element_type=jnp.float32)
         weight_MN = weight_MN.dequantize(x_RN.dtype)
     return jnp.matmul(x_RN, weight_MN.T, preferred_element_type=jnp.float32)
+
+
+def multiply_row(x_1N: jax.Array, weight_EMN: WeightArray, index: jax.Array | int) -> jax.Array:
+    """One row by one matrix of a stack on a CPU, float32 [1, M]: the weights stream from memory once, as they are.
+
+    XLA's CPU backend fuses such a product with whatever makes the matrix, but only while the row takes less than 16
+    KiB; beyond, it writes the matrix out, transposed. So a longer row is multiplied part by part. The barrier keeps XLA
+    from making one product of them again.
+    """
+    inputs = weight_EMN.shape[2]
+    group = weight_EMN.group_size if isinstance(weight_EMN, QuantizedArray) and weight_EMN.grouped else 1
+    parts = -(-inputs // MAX_FUSED_INPUTS) if group <= MAX_FUSED_INPUTS else 1
+    width = -(-inputs // (parts * group)) * group
+    products = []
+    for low in range(0, inputs, width):
+        high = min(low + width, inputs)
+        matrix = cut_inputs(weight_EMN, index, low, high).astype(x_1N.dtype)
+        products.append(jnp.matmul(x_1N[:, low:high], matrix.T, preferred_element_type=jnp.float32))
+    if len(products) == 1:
+        return products[0]
+    return functools.reduce(jnp.add, map(lax.optimization_barrier, products))
+
+
+def cut_inputs(weight_EMN: WeightArray, index: jax.Array | int, low: int, high: int) -> jax.Array:
+    """Inputs low to high of one matrix of a stack, dequantised; of a grouped weight whole groups, or part of one."""
+    outputs = weight_EMN.shape[1]
+
+    def of_values(array: jax.Array) -> jax.Array:
+        return lax.dynamic_slice(array, (index, 0, low), (1, outputs, high - low))[0]
+
+    if not isinstance(weight_EMN, QuantizedArray):
+        return of_values(weight_EMN)
+    size = weight_EMN.group_size
+
+    def of_scale(scale: jax.Array) -> jax.Array:
+        if not weight_EMN.grouped:
+            return lax.dynamic_index_in_dim(scale, index, keepdims=False)
+        return lax.dynamic_slice(scale, (index, 0, low // size), (1, outputs, -(-(high - low) // size)))[0]
+
+    return weight_EMN.map(of_values, of_scale).dequantize()
 
 
 def contract_outputs(x: jax.Array, weight: WeightArray, *, precision: Any = None) -> jax.Array:
@@ -108,7 +153,7 @@ def contract_outputs(x: jax.Array, weight: WeightArray, *, precision: Any = None
     options: dict[str, Any] = {"precision": precision, "preferred_element_type": jnp.float32}
     if weight.bits:
         return jnp.einsum("btnh,nhr->btnr", x, weight.dequantize(x.dtype), precision=precision)
-    values, scale = weight.values.astype(x.dtype), weight.scale.astype(x.dtype)
+    values, scale = weight.numbers(weight.values, x.dtype), weight.scale.astype(x.dtype)
     if not weight.grouped:
         return jnp.einsum("btnh,nhr->btnr", x * scale, values, **options).astype(x.dtype)
     # The scale belongs to what is summed over here, so each group of results has its own scaled x.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from glm_jax.model.cache import Cache, create_cache
+from glm_jax.model.cache import Cache, abstract_cache, create_cache
 from glm_jax.model.count import ParameterCounts, count_parameters
 from glm_jax.model.transformer import Output, Transformer
 
-__all__ = ["Cache", "Output", "ParameterCounts", "Transformer", "count_parameters", "create_cache"]
+__all__ = ["Cache", "Output", "ParameterCounts", "Transformer", "abstract_cache", "count_parameters", "create_cache"]

@@ -11,6 +11,14 @@ does: the same function lays out the weights, and refuses a mesh in the same wor
     work       arithmetic, traffic and collectives of one step
     roofline   the time of a step and what bounds it
     plan       all of it for every mesh, ranked
+
+And the proof, for which a compiler is needed but no device:
+
+    target     devices for the compilers of TPUs and GPUs (`gpu_targets` describes the latter)
+    lower      the programs of a job from abstract shapes
+    program    what a compiled program sends and moves, read off its text
+    compile    a job compiled, beside its plan
+    warm       a cache of compiled programs, filled ahead
 """
 
 from __future__ import annotations

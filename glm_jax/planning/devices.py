@@ -79,6 +79,11 @@ class Device:
     dimensions: int = 0
     largest: int = 0
 
+    @property
+    def platform(self) -> str:
+        """As jax names it: `cpu`, `gpu` or `tpu`."""
+        return "tpu" if self.dimensions else "cpu" if self.domain == 1 else "gpu"
+
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from glm_jax.configs import GqaConfig
-from glm_jax.layers.attention_core import QUERY_BLOCK
+from glm_jax.layers.attention_core import CAUSAL_PARTS, MIN_CAUSAL, QUERY_BLOCK
 from glm_jax.layers.dispatch import GATHER, SLACK, choose_dispatch
 from glm_jax.model import Transformer
 from glm_jax.planning.job import DECODE, TRAIN, Job
@@ -183,9 +183,14 @@ def _attention(job: Job, placement: Placement, share: Shares) -> int:
     size, config = job.dtype.itemsize, job.config.attention
     heads = config.num_heads // placement.devices(job.rules.mesh_axes("heads"))
     queries = share.tokens // share.batch
-    rows = queries if queries <= 2 * QUERY_BLOCK else QUERY_BLOCK
+    # The backward pass of a layer keeps what all of its blocks of queries made, and where they saw no key.
+    rows, each = (
+        (queries, SCORE_BYTES + size + 1) if job.kind == TRAIN else (min(queries, QUERY_BLOCK), SCORE_BYTES + size)
+    )
     keys = job.length // placement.devices(share.cache_axes) if job.kind == DECODE else job.length
-    scores = share.batch * heads * rows * keys * (SCORE_BYTES + size)
+    if job.kind == TRAIN and queries >= MIN_CAUSAL:
+        keys = keys * (CAUSAL_PARTS + 1) // (2 * CAUSAL_PARTS)
+    scores = share.batch * heads * rows * keys * each
     projected = share.tokens * heads * 2 * pair_width(job) * size  # queries, keys and values made, results
     return scores + projected
 
@@ -203,8 +208,9 @@ def _experts(job: Job, placement: Placement, share: Shares) -> int:
 
 
 def _logit_bytes(job: Job, placement: Placement, share: Shares) -> int:
-    """The float32 logits: of every token in training, of the last one of each sequence otherwise."""
-    tokens, copies = (share.tokens, LOGIT_COPIES) if job.kind == TRAIN else (share.batch, 1)
+    """The float32 logits: of every token in training, the MTP layers' too; of the last of each sequence otherwise."""
+    training = LOGIT_COPIES * (1 + job.config.num_mtp_layers)
+    tokens, copies = (share.tokens, training) if job.kind == TRAIN else (share.batch, 1)
     vocabulary = job.config.vocab_size
     if not job.config.tie_embeddings:
         vocabulary //= placement.devices(job.rules.mesh_axes("vocab"))
@@ -218,13 +224,17 @@ def _kept_inputs(job: Job, share: Shares) -> int:
 
 
 def _buffers(job: Job, placement: Placement, share: Shares) -> int:
-    """What collectives make: the largest matrix gathered for a product, tokens for the experts, partial results."""
+    """What collectives make: the largest matrix gathered for a product, tokens for the experts, partial results.
+
+    In training the gradient of a gathered matrix is as large, until it is summed and split.
+    """
+    copies = 2 if job.kind == TRAIN else 1
     gathered = (
         part.nbytes // part.layers * placement.devices(part.apart)
         for part in placement.parts.values()
         if part.matrix is not None and part.gathered_for(share.tokens, share.token_axes, placement)
     )
-    return max(gathered, default=0) + _expert_buffers(job, placement, share)
+    return copies * max(gathered, default=0) + _expert_buffers(job, placement, share)
 
 
 def _expert_buffers(job: Job, placement: Placement, share: Shares) -> int:

@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import cast
 
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from glm_jax.sharding.mesh import AXIS_NAMES
 
 
-def meshes(devices: int) -> Iterator[Mesh]:
-    """Every mesh of exactly that many devices."""
+def meshes(devices: int, platform: str | None = None) -> Iterator[Mesh]:
+    """Every mesh of exactly that many devices of a platform."""
     for first in _divisors(devices):
         for second in _divisors(devices // first):
-            yield abstract_mesh((first, second, devices // first // second))
+            yield abstract_mesh((first, second, devices // first // second), platform)
 
 
-def abstract_mesh(sizes: tuple[int, int, int]) -> Mesh:
-    """The mesh of these sizes without devices. It stands where a mesh is asked for its shape only."""
-    return cast(Mesh, AbstractMesh(sizes, AXIS_NAMES, axis_types=(AxisType.Explicit,) * 3))
+def abstract_mesh(sizes: tuple[int, int, int], platform: str | None = None) -> Mesh:
+    """The mesh of these sizes without devices. It stands where a mesh is asked for its shape and platform only."""
+    device = None if platform is None else AbstractDevice(platform, None, platform)
+    return cast(Mesh, AbstractMesh(sizes, AXIS_NAMES, axis_types=(AxisType.Explicit,) * 3, abstract_device=device))
 
 
 def span(mesh: Mesh, axes: Sequence[str]) -> int:

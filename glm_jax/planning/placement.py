@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from glm_jax.model import Transformer
-from glm_jax.model.cache import cache_axes
+from glm_jax.model.cache import cache_part
 from glm_jax.planning.job import TRAIN, Job, WeightStorage
 from glm_jax.sharding import (
     QuantizedArray,
@@ -23,7 +23,6 @@ from glm_jax.sharding import (
     gathering_pays,
     layer_axis,
     map_weights,
-    spec_of,
     weights_by_name,
     with_dtype,
     with_shardings,
@@ -110,10 +109,13 @@ class Part:
             return False
         if self.is_experts:
             return True
-        inputs, outputs = self.inputs, self.outputs
-        if set(self.apart) <= set(self.input_axes):
-            return gathering_pays(tokens * group, inputs * group, outputs)
-        return gathering_pays(tokens * group, outputs * group, inputs)
+        if self.owner == "embedding":
+            sent = self.inputs * group + 1  # an index there, a row back
+        elif set(self.apart) <= set(self.input_axes):
+            sent = self.inputs * group + self.outputs
+        else:
+            sent = self.inputs + self.outputs * group
+        return gathering_pays(tokens * group, sent=sent, matrix=self.inputs * self.outputs * group)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,8 +171,8 @@ def cache_parts(model: Transformer, job: Job, mesh: Mesh) -> list[jax.ShapeDtype
     """One device's part of one layer's cache, as `model.create_cache` lays it out."""
 
     def local(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Any:
-        split = (cache_axes(a, job.batch, job.length, mesh=mesh, rules=job.rules) for a in axes)
-        return jax.ShapeDtypeStruct(NamedSharding(mesh, spec_of(*split)).shard_shape(shape), job.cache_storage.dtype)
+        part = cache_part(shape, axes, mesh=mesh, rules=job.rules, dtype=job.cache_storage.dtype)
+        return jax.ShapeDtypeStruct(part.sharding.shard_shape(part.shape), part.dtype)
 
     layer = model.dense or model.moe
     assert layer is not None  # num_layers is at least 1

@@ -67,7 +67,7 @@ def make_plan(job: Job, cluster: Cluster) -> Plan:
     model = abstract_model(job)
     optimizer = Optimizer.of(model) if job.kind == TRAIN else None
     found, refused = [], []
-    for mesh in meshes(cluster.count):
+    for mesh in meshes(cluster.count, cluster.device.platform):
         try:
             placement = place(model, job, mesh)
         except ShardingError as error:

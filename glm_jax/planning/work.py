@@ -156,7 +156,8 @@ def _kept_apart(job: Job, placement: Placement, share: Shares) -> list[Collectiv
         if set(axes) <= set(part.input_axes) and part.owner != "embedding":
             found += [collective(ALL_TO_ALL, inputs * group), collective(REDUCE_SCATTER, outputs)]
         elif part.owner == "embedding":
-            found.append(collective(ALL_TO_ALL, inputs * group))
+            indices = tokens * group * 4  # int32
+            found += [collective(ALL_GATHER, indices), collective(ALL_TO_ALL, inputs * group)]
         else:
             found += [collective(ALL_GATHER, inputs), collective(ALL_TO_ALL, outputs * group)]
     return found

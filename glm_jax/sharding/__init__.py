@@ -8,6 +8,7 @@ from glm_jax.sharding.activation import (
     einsum_reduce,
     gather_weight,
     local_call,
+    local_size,
     local_sum,
     reshape,
     take_position,
@@ -15,7 +16,8 @@ from glm_jax.sharding.activation import (
     whole,
 )
 from glm_jax.sharding.apart import apart_axes, gathering_pays, multiply_apart, spread_outputs
-from glm_jax.sharding.mesh import default_mesh, describe, make_mesh, parse_mesh
+from glm_jax.sharding.compilation_cache import cache_directory, keep_programs, make_cache_directory
+from glm_jax.sharding.mesh import default_mesh, describe, make_mesh, mesh_sizes, parse_mesh, platform
 from glm_jax.sharding.presets import PRESETS, name_of, rules_named
 from glm_jax.sharding.quantized import QuantizedArray, WeightArray
 from glm_jax.sharding.rules import (
@@ -53,6 +55,7 @@ __all__ = [
     "axes_of",
     "batch_axes",
     "batch_sharding",
+    "cache_directory",
     "declare",
     "default_mesh",
     "describe",
@@ -61,16 +64,21 @@ __all__ = [
     "gather_weight",
     "gathering_pays",
     "initial_value",
+    "keep_programs",
     "layer_axis",
     "length_axes",
     "local_call",
+    "local_size",
     "local_sum",
+    "make_cache_directory",
     "make_mesh",
     "map_weights",
     "mesh_of",
+    "mesh_sizes",
     "multiply_apart",
     "name_of",
     "parse_mesh",
+    "platform",
     "reshape",
     "rules_named",
     "shardings",

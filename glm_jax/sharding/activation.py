@@ -6,6 +6,7 @@ happens say so by calling a function of this file, and everything else is inferr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +22,13 @@ def axes_of(x: jax.Array, dimension: int) -> MeshAxes:
     """The mesh axes over which one dimension of a (traced) array is split."""
     spec = jax.typeof(x).sharding.spec
     return as_axes(spec[dimension]) if dimension < len(spec) else ()
+
+
+def local_size(x: jax.Array | QuantizedArray, dimension: int) -> int:
+    """The size of one dimension of a (traced) array, or of a weight, on each device."""
+    array = x.values if isinstance(x, QuantizedArray) else x
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return array.shape[dimension] // math.prod(sizes[axis] for axis in axes_of(array, dimension))
 
 
 def einsum_reduce(equation: str, x: jax.Array, weight: jax.Array, **options: Any) -> jax.Array:

@@ -24,9 +24,9 @@ from glm_jax.sharding.rules import MeshAxes, spec_of
 Layout = Sequence[tuple[jax.Array, int]]
 
 
-def gathering_pays(tokens: int, inputs: int, outputs: int) -> bool:
-    """Whether to gather a matrix rather than move so many tokens, going by the numbers that are sent."""
-    return tokens * (inputs + outputs) >= inputs * outputs
+def gathering_pays(tokens: int, *, sent: int, matrix: int) -> bool:
+    """Whether to gather the numbers of a matrix rather than move tokens, each of which sends so many there and back."""
+    return tokens * sent >= matrix
 
 
 def multiply_apart(
@@ -122,9 +122,9 @@ def _gathers(x: jax.Array, weight: WeightArray, apart: MeshAxes) -> bool:
     group = math.prod(sizes[axis] for axis in apart)
     local = [values.shape[i] // math.prod(sizes[a] for a in axes_of(values, i)) for i in range(values.ndim)]
     inputs = next(values.shape[i] for i in range(values.ndim) if any(axis in apart for axis in axes_of(values, i)))
-    outputs = math.prod(local) * group // inputs
+    outputs = 1 if x.ndim == 2 else math.prod(local) * group // inputs  # a look-up sends an index
     tokens = x.shape[0] * x.shape[1] * group // math.prod(sizes[axis] for axis in at)
-    return gathering_pays(tokens, inputs, outputs)
+    return gathering_pays(tokens, sent=inputs + outputs, matrix=math.prod(local) * group)
 
 
 def apart_axes(weight: Any, dimension: int) -> MeshAxes:

@@ -48,13 +48,24 @@ def parse_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     Raises:
         ShardingError: an unknown axis, a size that is no number, or too few devices.
     """
+    data, expert, tensor = mesh_sizes(text)
+    return make_mesh(data=data, expert=expert, tensor=tensor, devices=devices)
+
+
+def mesh_sizes(text: str) -> tuple[int, int, int]:
+    """The sizes of data, expert and tensor that `text` describes.
+
+    Raises:
+        ShardingError: an unknown axis, or a size that is no number.
+    """
     sizes: dict[str, int] = {}
     for part in filter(None, text.replace(" ", "").split(",")):
         name, _, size = part.partition("=")
         if name not in AXIS_NAMES or name in sizes or not (size.isascii() and size.isdecimal()):
             raise ShardingError(f"mesh {text!r}: {part!r} is wrong; right would be 'data=1,expert=4,tensor=2'")
         sizes[name] = int(size)
-    return make_mesh(**sizes, devices=devices)
+    data, expert, tensor = (sizes.get(name, 1) for name in AXIS_NAMES)
+    return data, expert, tensor
 
 
 def default_mesh(config: ModelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -71,6 +82,18 @@ def default_mesh(config: ModelConfig, devices: Sequence[jax.Device] | None = Non
             if fits(size // tensor, tensor):
                 return make_mesh(expert=size // tensor, tensor=tensor, devices=available)
     raise AssertionError("a mesh of one device always fits")
+
+
+def platform(mesh: Mesh | None = None) -> str:
+    """The platform of a mesh, `cpu`, `gpu` or `tpu`, abstract or not; by default of the mesh that is set.
+
+    Of a mesh that does not know it, and without one, jax's own. They differ where a program is compiled, or planned,
+    for devices that are elsewhere.
+    """
+    abstract = jax.sharding.get_abstract_mesh() if mesh is None else mesh.abstract_mesh
+    device = abstract.abstract_device
+    name = jax.default_backend() if device is None else device.platform
+    return "gpu" if name in ("cuda", "rocm") else name
 
 
 def describe_sizes(sizes: Sequence[int]) -> str:

@@ -4,13 +4,14 @@ Which dimensions of a weight are the matrix follows from the logical axes it was
 count as one dimension, experts and stacked layers as batch, and of what is left the last two are output and input. So
 gate and up, one leaf, are two matrices, and a per-head bias is none.
 
-The iteration runs on all leading dimensions at once, without merging them: a batch of experts that is split over
+The iteration runs on one layer after the other, on all of its matrices at once: a batch of experts that is split over
 devices stays split and each device orthogonalises its own. Where the matrix itself is split, the devices exchange
 parts for whole matrices first (all-to-all; all-gather only of a single matrix).
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -19,13 +20,10 @@ import jax
 import jax.numpy as jnp
 import optax  # type: ignore[import-untyped]
 
-from glm_jax.sharding import Weight, axes_of, layer_axis, spec_of
+from glm_jax.sharding import Weight, axes_of, layer_axis
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
 _HEADS = ("heads", "kv_heads")
-
-
-Layout = tuple[tuple[str, ...], ...]  # the mesh axes of each dimension; () without a mesh
 
 
 class MatrixAxes(NamedTuple):
@@ -118,46 +116,82 @@ def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
 
+class _Move(NamedTuple):
+    """A mesh axis that splits dimension `source` of a matrix, to dimension `target` of the batch; None gathers it."""
+
+    axis: str
+    source: int
+    target: int | None
+
+
 def _orthogonal_update(value: jax.Array, axes: MatrixAxes, *, steps: int, update_rms: float) -> jax.Array:
     rows = math.prod(value.shape[axes.batch : axes.batch + axes.outputs])
     columns = math.prod(value.shape[axes.batch + axes.outputs :])
-    padded, layout = _room_for_whole_matrices(value, axes.batch)
-    whole = _laid_out(padded, layout).reshape(*padded.shape[: axes.batch], rows, columns)
-    update = orthogonalize(whole, steps=steps) * (update_rms * math.sqrt(max(rows, columns)))
-    update = _laid_out_like(update.reshape(padded.shape), value)
-    return update if update.shape == value.shape else update[: value.shape[0]]
+    moves, padding = _moves_to_whole_matrices(value, axes.batch)
+
+    def region(x: jax.Array) -> jax.Array:
+        length = x.shape[0]
+        x = jnp.pad(x, [(0, padding), *[(0, 0)] * (x.ndim - 1)]) if padding else x
+        for move in moves:
+            x = _move(x, move)
+        matrices = x.reshape(*x.shape[: axes.batch], rows, columns)
+        update = _orthogonal_layers(matrices, steps=steps) * (update_rms * math.sqrt(max(rows, columns)))
+        update = update.reshape(x.shape)
+        for move in reversed(moves):
+            update = _move_back(update, move)
+        return update[:length] if padding else update
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return region(value)
+    return jax.shard_map(region, out_specs=jax.typeof(value).sharding.spec)(value)
 
 
-def _room_for_whole_matrices(value: jax.Array, batch: int) -> tuple[jax.Array, Layout]:
-    """A layout in which no matrix is split: the mesh axes that split it move to a batch dimension.
+def _orthogonal_layers(matrices: jax.Array, *, steps: int) -> jax.Array:
+    """`orthogonalize`, one part of the first batch dimension after the other: what is between takes a part's room."""
+    one = functools.partial(orthogonalize, steps=steps)
+    return jax.lax.map(one, matrices) if matrices.ndim > 2 else one(matrices)
 
-    Where none of these divides, the first is filled up with matrices of zeros, unless it is split itself: else every
-    device would hold, and turn, the matrices of all.
+
+def _moves_to_whole_matrices(value: jax.Array, batch: int) -> tuple[list[_Move], int]:
+    """How the axes that split matrices move to the batch, one after the other, and the matrices of zeros to add.
+
+    Where no dimension of the batch divides, the first is filled up with matrices of zeros, unless it is split itself:
+    else every device would hold, and turn, the matrices of all. One at a time, because an exchange over several axes
+    at once is one that compilers make by gathering everything.
     """
     if jax.sharding.get_abstract_mesh().empty:
-        return value, ()
+        return [], 0
     sizes = jax.sharding.get_abstract_mesh().shape
-    layout = [axes_of(value, i) for i in range(value.ndim)]
-    left: list[str] = []
-    for axis in (axis for entry in layout[batch:] for axis in entry if sizes[axis] > 1):
-        for i in range(batch):
-            if value.shape[i] % math.prod(sizes[name] for name in (*layout[i], axis)) == 0:
-                layout[i] = (*layout[i], axis)
-                break
-        else:
-            left.append(axis)
+    layout = [list(axes_of(value, i)) for i in range(value.ndim)]
+    moves, padding = [], 0
+    for source in range(batch, value.ndim):
+        for axis in reversed(layout[source]):  # the last one splits the finest: its parts are neighbours
+            if sizes[axis] > 1:
+                dividing = (i for i in range(batch) if not _rest(value.shape[i], (*layout[i], axis), sizes))
+                target = next(dividing, None)
+                moves.append(_Move(axis, source, target))
+                if target is not None:
+                    layout[target].append(axis)
+    left = [move.axis for move in moves if move.target is None]
     if left and batch and not axes_of(value, 0):
-        layout[0] = (*layout[0], *left)
-        rest = -value.shape[0] % math.prod(sizes[name] for name in layout[0])
-        value = jnp.pad(value, [(0, rest), *[(0, 0)] * (value.ndim - 1)])
-    return value, (*layout[:batch], *[()] * (value.ndim - batch))
+        padding = _rest(value.shape[0], (*layout[0], *left), sizes)
+        moves = [move if move.target is not None else move._replace(target=0) for move in moves]
+    return moves, padding
 
 
-def _laid_out(value: jax.Array, layout: Layout) -> jax.Array:
-    return jax.sharding.reshard(value, spec_of(*layout)) if layout else value
+def _rest(size: int, axes: tuple[str, ...], sizes: Mapping[str, int]) -> int:
+    """What a size lacks to be divided over axes."""
+    return -size % math.prod(sizes[axis] for axis in axes)
 
 
-def _laid_out_like(update: jax.Array, value: jax.Array) -> jax.Array:
-    if jax.sharding.get_abstract_mesh().empty:
-        return update
-    return jax.sharding.reshard(update, spec_of(*(axes_of(value, i) for i in range(value.ndim))))
+def _move(x: jax.Array, move: _Move) -> jax.Array:
+    if move.target is None:
+        return jax.lax.all_gather(x, move.axis, axis=move.source, tiled=True)
+    return jax.lax.all_to_all(x, move.axis, split_axis=move.target, concat_axis=move.source, tiled=True)
+
+
+def _move_back(x: jax.Array, move: _Move) -> jax.Array:
+    if move.target is not None:
+        return jax.lax.all_to_all(x, move.axis, split_axis=move.source, concat_axis=move.target, tiled=True)
+    part = x.shape[move.source] // jax.lax.axis_size(move.axis)
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(move.axis) * part, part, axis=move.source)

@@ -252,7 +252,7 @@ def test_a_slice_reads_the_tensors_that_it_lies_in(tmp_path, monkeypatch):
     source = HfSource(made.write(tmp_path / "hf"))
     seen: list[str] = []
     read = source.files.read
-    monkeypatch.setattr(source.files, "read", lambda name: seen.append(name) or read(name))
+    monkeypatch.setattr(source.files, "read", lambda name, *part: seen.append(name) or read(name, *part))
     part = source.read("moe.moe.experts.gate_up", (slice(1, 2), slice(4, 6), slice(1, 2), slice(8, 24), slice(3, 50)))
     names = [f"model.layers.2.mlp.experts.{expert}.up_proj.weight" for expert in (4, 5)]
     assert np.array_equal(part[0, :, 0], np.stack([made.plain[name][8:24, 3:50] for name in names]))

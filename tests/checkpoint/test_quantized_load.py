@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import glm_jax
-from glm_jax.checkpoint import open_source, placing
+from glm_jax.checkpoint import open_source, placing, quantized_load
 from glm_jax.checkpoint.load import load_source
 from glm_jax.errors import InputError
 from glm_jax.model.transformer import in_form
@@ -30,7 +30,8 @@ def values_of(model: Any) -> dict[str, Any]:
 
 def product(leaf: QuantizedArray) -> np.ndarray:
     """The float32 matrix that a leaf stands for, with numpy."""
-    values, scale = np.asarray(leaf.values).astype(np.float32), np.asarray(leaf.scale)
+    values, scale = np.asarray(leaf.values), np.asarray(leaf.scale)
+    values = (values.view(FP8) if values.dtype == np.uint8 else values).astype(np.float32)
     outputs = values.shape[: values.ndim - leaf.inputs]
     flat = values.reshape(*outputs, -1)
     spread = np.broadcast_to(scale[..., None], flat.shape) if scale.ndim == len(outputs) else None
@@ -83,14 +84,28 @@ def test_leaves_stand_for_the_weights(tmp_path, mesh_of_sizes, kind):
 
 
 def test_dtypes_and_shapes(tmp_path, one_device):
+    """On a CPU; on others the values are what the checkpoint stores."""
     expected = {
-        "glm-bf16": ("moe.1.attention.o", jnp.float8_e4m3fn, (64, 8, 16), (64,)),
-        "blocks": ("moe.1.attention.q_b", jnp.float8_e4m3fn, (8, 24, 32), (8, 24, 4)),
-        "int4": ("moe.0.moe.experts.gate_up", jnp.int4, (8, 2, 32, 64), (8, 2, 32, 8)),
+        "glm-bf16": ("moe.1.attention.o", jnp.uint8, (64, 8, 16), (64,)),
+        "blocks": ("moe.1.attention.q_b", jnp.uint8, (8, 24, 32), (8, 24, 4)),
+        "int4": ("moe.0.moe.experts.gate_up", jnp.int8, (8, 2, 32, 64), (8, 2, 32, 8)),
     }
     for kind, (name, dtype, shape, scale) in expected.items():
         leaf = values_of(glm_jax.load(sources.checkpoint(ALL[kind]).write(tmp_path / kind), mesh=one_device))[name]
         assert (leaf.dtype, leaf.shape, leaf.scale.shape) == (dtype, shape, scale)
+
+
+def test_values_off_a_cpu_are_those_of_the_checkpoint(tmp_path, one_device, monkeypatch):
+    """As of a mesh of another platform, on the devices that are here."""
+    monkeypatch.setattr(quantized_load, "platform", lambda mesh: "tpu")
+    for kind, dtype in {"glm-bf16": jnp.float8_e4m3fn, "blocks": jnp.float8_e4m3fn, "int4": jnp.int4}.items():
+        made = sources.checkpoint(ALL[kind])
+        model = glm_jax.load(made.write(tmp_path / kind), mesh=one_device, stacked=True)
+        expected = values_of(glm_jax.load(made.write_plain(tmp_path / f"{kind}-plain"), mesh=one_device, stacked=True))
+        leaves = {name: value for name, value in values_of(model).items() if isinstance(value, QuantizedArray)}
+        assert leaves and all(leaf.dtype == dtype for leaf in leaves.values())
+        for name, leaf in leaves.items():
+            assert same_bits(product(leaf).astype(BF16), np.asarray(expected[name]).astype(BF16)), name
 
 
 def test_words_and_groups_that_devices_share(tmp_path, mesh_of_sizes):

@@ -56,3 +56,12 @@ def test_quantised_and_back(call, source, tmp_path):
     assert published.read(tmp_path / "back").keys() == published.read(source).keys()
     complaint = call("export", f"--source={tmp_path / 'out'}", f"--target={tmp_path / 'b'}", "--weights=x").complaint
     assert "should be one of <bfloat16|fp8-blocks|fp8|int8|int4>" in complaint
+
+
+def test_a_source_under_a_url(call, source, tmp_path):
+    arguments = (f"--source={source.as_uri()}", f"--target={tmp_path / 'out'}", "--verify")
+    assert call("convert", *arguments, "--dry_run").status == 0
+    assert call("convert", *arguments).status == 0
+    said = call("convert", *arguments)
+    assert said.status == 0 and "equal on both sides" in said.out
+    assert "nosuch://x: fsspec cannot open nosuch://" in call("convert", "--source=nosuch://x", "--target=y").complaint

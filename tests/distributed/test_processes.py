@@ -13,6 +13,7 @@ import pytest
 import glm_jax
 from glm_jax.checkpoint.load import stacked_name
 from glm_jax.sharding import weights_by_name
+from tests.cli.checkpoints import write_checkpoint
 from tests.distributed import prompts
 from tests.distributed.launch import free_port, program, spawn, wait, worker
 
@@ -51,6 +52,14 @@ def test_two_processes_by_two_devices_decode_the_tokens_of_one(orbax, one):
 @pytest.mark.slow
 def test_four_processes_by_one_device_decode_the_tokens_of_one(orbax, one):
     check_generate(orbax, one, processes=4, devices=1, mesh="data=1,expert=2,tensor=2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["int8", "int4"])
+def test_two_processes_decode_quantised_weights_as_one_does(tmp_path, method):
+    glm_jax.convert(write_checkpoint(tmp_path / "hf"), tmp_path / "orbax", quantize=method)
+    one = glm_jax.load(tmp_path / "orbax", mesh=glm_jax.make_mesh())
+    check_generate(tmp_path / "orbax", one, processes=2, devices=2, mesh="data=1,expert=2,tensor=2")
 
 
 def boxes(reads, name: str) -> list[list[list[int]]]:

@@ -26,7 +26,7 @@ STANDS_ON = {
     "inference": ("model",),
     "serving": ("inference", "text"),
     "training": ("model", "data"),
-    "planning": ("training",),
+    "planning": ("training", "inference"),
     "posttrain": ("training", "inference", "text", "data"),
     "evaluation": ("inference", "model"),
     "research": ("inference", "model"),

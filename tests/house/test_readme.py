@@ -25,6 +25,8 @@ DOCUMENTS = (
     "docs/cli.md",
     "docs/clusters.md",
     "docs/plan.md",
+    "docs/scale.md",
+    "docs/sharding.md",
     "docs/text.md",
 )
 DEMO = "examples/demo_model"

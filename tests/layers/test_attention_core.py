@@ -1,4 +1,4 @@
-"""Attention of sequences that are split over devices is attention of whole ones."""
+"""Attention of sequences that are split over devices, or are taken in parts, is attention of whole ones."""
 
 from __future__ import annotations
 
@@ -58,4 +58,27 @@ def test_split_sequences(mesh_of_sizes, monkeypatch, layout, kv_heads, queries):
             ours, *keys, placed(last_key, batch, of_queries)
         )
     assert out.sharding.is_equivalent_to(ours.sharding, 4)
+    np.testing.assert_allclose(out, by_numpy(q, k, v, last_key), atol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [1, 3, 4, 5, 6, 21, 32])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 2)], ids=str)
+def test_a_prompt_in_parts(mesh_of_sizes, monkeypatch, sizes, queries):
+    """Each part sees the keys up to its end; parts of all lengths, the longer ones by blocks."""
+    monkeypatch.setattr(attention_core, "MIN_CAUSAL", 4)
+    monkeypatch.setattr(attention_core, "QUERY_BLOCK", 3)
+    rng = np.random.default_rng(queries)
+    q = rng.normal(size=(BATCH, queries, HEADS, WIDTH)).astype(np.float32)
+    k, v = (rng.normal(size=(BATCH, 2, queries, n)).astype(np.float32) for n in (WIDTH, VALUE))
+    last_key = np.broadcast_to(np.arange(queries, dtype=np.int32), (BATCH, queries))
+    mesh = mesh_of_sizes(sizes)
+    with jax.set_mesh(mesh):
+        specs = (
+            PartitionSpec("data", None, "tensor"),
+            PartitionSpec("data", "tensor"),
+            PartitionSpec("data", "tensor"),
+        )
+        placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip((q, k, v), specs, strict=True)]
+        at = jax.device_put(last_key, NamedSharding(mesh, PartitionSpec("data")))
+        out = jax.jit(lambda q, k, v, last: attend(q, k, v, last_key=last, fresh=True))(*placed, at)
     np.testing.assert_allclose(out, by_numpy(q, k, v, last_key), atol=1e-5)

@@ -174,3 +174,11 @@ def test_weights_are_not_copied_for_few_rows():
         ids = jax.ShapeDtypeStruct(ids.shape, jnp.int32)
         compiled = run.lower(x, ids, weights, gate_up_E2FD=gate_up, down_EDF=down).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < 2 * width * embed * 4 / 2
+
+
+@pytest.mark.parametrize("rows", [1, 7, 4096])
+@pytest.mark.parametrize("highest", [1, 64, 2**30])
+def test_order_is_stable_also_of_keys_too_large_to_pack(rows, highest):
+    keys = np.random.default_rng(rows).integers(0, highest + 1, rows).astype(np.int32)
+    ours = jax.jit(lambda keys: experts_switch._stable_order(keys, highest))(keys)
+    np.testing.assert_array_equal(ours, np.argsort(keys, kind="stable"))

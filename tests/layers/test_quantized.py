@@ -6,15 +6,16 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from glm_jax.layers import quantized
+from glm_jax.layers import experts_switch, quantized
 from glm_jax.layers.dispatch import run_experts
 from glm_jax.layers.experts import IMPLEMENTATIONS
 from glm_jax.layers.linear import project, project_pair, project_reduce
-from glm_jax.layers.quantized import contract_outputs
+from glm_jax.layers.quantized import contract_outputs, multiply_row
 from glm_jax.sharding import QuantizedArray
 
 FORMS = {
@@ -22,6 +23,8 @@ FORMS = {
     "fp8": (jnp.float8_e4m3fn, None),
     "int4": (jnp.int4, 8),
     "fp8 blocks": (jnp.float8_e4m3fn, 4),
+    "fp8 bits": (jnp.uint8, None),
+    "fp8 bits in blocks": (jnp.uint8, 4),
 }
 parametrize_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
@@ -30,7 +33,10 @@ def random_weight(form: tuple, shape: tuple[int, ...], *, inputs: int = 1, seed:
     """Random values over the whole range, and scales of very different sizes."""
     (dtype, group), rng = form, np.random.default_rng(seed)
     limit = {jnp.int8: 127, jnp.int4: 7}.get(dtype, 200)
-    values = jnp.asarray(rng.integers(-limit, limit, shape, endpoint=True), jnp.float32).astype(dtype)
+    values = jnp.asarray(rng.integers(-limit, limit, shape, endpoint=True), jnp.float32)
+    if dtype == jnp.uint8:
+        values = jnp.asarray(np.asarray(values).astype(ml_dtypes.float8_e4m3fn).view(np.uint8))
+    values = values.astype(dtype)
     outputs = shape[: len(shape) - inputs]
     groups = () if group is None else (int(np.prod(shape[len(outputs) :])) // group,)
     return QuantizedArray(values, jnp.asarray(10.0 ** rng.uniform(-4, -2, outputs + groups), jnp.float32), inputs)
@@ -47,9 +53,71 @@ def assert_close(ours: jax.Array, reference: jax.Array) -> None:
 @parametrize_form
 def test_the_matrix_is_values_times_scales(form):
     weight = random_weight(form, (3, 5, 16))
-    values, scale = np.asarray(weight.values.astype(jnp.float32)), np.asarray(weight.scale)
+    values, scale = np.asarray(weight.values), np.asarray(weight.scale)
+    values = (values.view(ml_dtypes.float8_e4m3fn) if form[0] == jnp.uint8 else values).astype(np.float32)
     expected = values * (scale[..., None] if form[1] is None else np.repeat(scale, form[1], axis=-1))
     np.testing.assert_array_equal(weight.dequantize(), expected)
+
+
+def test_every_float8_number():
+    bits = np.arange(256, dtype=np.uint8)
+    numbers = jax.jit(QuantizedArray.numbers, static_argnums=1)(jnp.asarray(bits), jnp.float32)
+    np.testing.assert_array_equal(numbers, bits.view(ml_dtypes.float8_e4m3fn).astype(np.float32))
+
+
+def numpy_product(x: jax.Array, weight: jax.Array) -> np.ndarray:
+    return np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+
+
+@parametrize_form
+@pytest.mark.parametrize("inputs", [64, 4096, 5128, 8192])
+def test_one_row_by_a_matrix_of_a_stack(form, inputs):
+    """In one part, and in several."""
+    weight, x = random_weight(form, (3, 5, inputs)), random_x(1, inputs)
+    for index in (0, 2):
+        expected = numpy_product(x, weight.dequantize()[index])
+        assert_close(jax.jit(multiply_row)(x, weight, index), expected)
+        assert_close(jax.jit(multiply_row)(x, weight.dequantize(), index), expected)
+
+
+def test_a_row_is_multiplied_without_writing_the_matrix_out():
+    """What XLA's CPU backend fuses it does not copy: the compiled program needs no memory beside its results."""
+    x, weights = random_x(1, 5120), random_weight(FORMS["fp8 bits in blocks"], (2, 64, 5120))
+    if jax.default_backend() != "cpu":
+        pytest.skip("a matter of XLA's CPU backend")
+    for weight in (weights, weights.dequantize()):
+
+        def looped(x, weight):
+            return jax.lax.fori_loop(0, 2, lambda i, y: y + multiply_row(x, weight, i), jnp.zeros((1, 64)))
+
+        memory = jax.jit(looped).lower(x, weight).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < 64 * 5120
+
+
+@parametrize_form
+@pytest.mark.parametrize("tokens", [2, 4, 5])
+def test_experts_of_few_rows(form, tokens, monkeypatch):
+    """By strips, which narrow groups of inputs, or part of one, fill."""
+    monkeypatch.setattr(experts_switch, "MIN_STRIP_BYTES", 0)
+    for group in (form[1] and 32, form[1] and 96):
+        gate_up = random_weight((form[0], group), (3, 2, 96, 192))
+        down = random_weight((form[0], group), (3, 192, 96), seed=3)
+        ids = jnp.zeros((tokens, 1), jnp.int32)
+        x, weights = random_x(tokens, 192), jnp.ones((tokens, 1), jnp.float32)
+        run = jax.jit(experts_switch.switch_experts)
+        ours = run(x, ids, weights, gate_up_E2FD=gate_up, down_EDF=down)
+        whole = {"gate_up_E2FD": gate_up.dequantize(), "down_EDF": down.dequantize()}
+        assert_close(ours, IMPLEMENTATIONS["dense"](x, ids, weights, **whole))
+
+
+@parametrize_form
+@pytest.mark.parametrize("one_by_one", [False, True], ids=["at once", "one group after the other"])
+def test_einsums(form, one_by_one, monkeypatch):
+    if one_by_one:
+        monkeypatch.setattr(quantized, "MAX_GROUP_VALUES", 0)
+    weight, x = random_weight(form, (3, 6, 16)), random_x(2, 3, 16)
+    ours = jax.jit(quantized.weight_einsum, static_argnums=0)("bed,eod->beo", x, weight)
+    assert_close(ours, jnp.einsum("bed,eod->beo", x, weight.dequantize()))
 
 
 @parametrize_form

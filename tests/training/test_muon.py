@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
 
 from glm_jax import configs
@@ -12,6 +13,7 @@ from glm_jax.model import Transformer
 from glm_jax.sharding import weights_by_name
 from glm_jax.training import MatrixAxes, matrix_axes, scale_by_muon
 from glm_jax.training.muon import orthogonalize
+from tests.sharding.compiled import collectives
 
 # Shape -> its matrix axes, and the same in optax's words (reduction, output).
 SHAPES = {
@@ -42,6 +44,31 @@ def test_equals_optax(nesterov):
         expected, expected_state = jax.jit(theirs.update)(gradients(seed), expected_state, gradients(0))
         for name in update:
             np.testing.assert_allclose(update[name], -expected[name], atol=3e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec", "exchanges"),
+    [
+        ((24, 16), P("tensor", ("data", "expert")), {"all-gather"}),  # one matrix: whole everywhere
+        ((3, 16, 24), P(None, "tensor", ("data", "expert")), {"all-to-all"}),  # three, filled up to eight
+        ((3, 4, 2, 8, 16), P(None, "expert", None, "tensor", "data"), {"all-to-all"}),
+        ((3, 4, 8, 16), P(None, "tensor", None, ("expert", "data")), {"all-to-all"}),
+        ((3, 16, 4, 8), P(None, ("data", "expert"), "tensor", None), {"all-to-all"}),
+        ((2, 16, 24), P("data", "tensor", None), {"all-gather"}),  # the batch is split, and cannot be filled up
+    ],
+)
+def test_split_matrices_are_turned_as_whole_ones(mesh_of_sizes, shape, spec, exchanges):
+    axes = SHAPES.get(shape, SHAPES[(3, 16, 24)])[0]
+    muon, mesh = scale_by_muon({"w": axes}), mesh_of_sizes((2, 2, 2))
+    gradient = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    expected, _ = muon.update({"w": gradient}, muon.init({"w": gradient}))
+    with jax.set_mesh(mesh):
+        split = {"w": jax.device_put(gradient, jax.NamedSharding(mesh, spec))}
+        compiled = jax.jit(muon.update).lower(split, muon.init(split)).compile()
+        update, state = compiled(split, muon.init(split))
+    np.testing.assert_allclose(update["w"], expected["w"], atol=1e-5)
+    assert update["w"].sharding == state.momentum["w"].sharding == split["w"].sharding
+    assert {kind for kind, elements in collectives(compiled) if elements > 1} == exchanges
 
 
 def test_nesterov_looks_ahead_along_the_momentum():
