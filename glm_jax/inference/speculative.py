@@ -108,7 +108,7 @@ def _programs(structure: Any, kernels: Kernels, count: int) -> _Programs:
         positions = jnp.zeros_like(tokens) + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         step = model.step(positions, fresh=True, kernels=kernels)
         hidden, cache, _ = model.hidden_states(tokens, step=step, cache=cache)
-        first = _likeliest(model, _row(hidden, lengths - 1))
+        first = _likeliest(model, take_position(hidden, lengths - 1))
         # The MTP layer sees the tokens shifted by one, the token just chosen after each prompt's last.
         following = jnp.where(positions == lengths[:, None] - 1, first, jnp.roll(whole(tokens, 1), -1, axis=1))
         drafts, cache = draft(model, step, (following, hidden, lengths - 1), cache)
@@ -117,8 +117,7 @@ def _programs(structure: Any, kernels: Kernels, count: int) -> _Programs:
     def draft(model, step, rows, cache):
         """Run the MTP layer over the main model's rows (following tokens, hidden states, index of the last of them)."""
         following, hidden, last = rows
-        states, mtp, _ = model.mtp(model.embedding(following), hidden, step, cache.mtp)
-        state = _row(states, last)
+        state, mtp, _ = model.mtp(model.embedding(following), hidden, step, cache.mtp, only=last)
         drafts = [_likeliest(model, state)]
         position = step.positions[:, :1] + last[:, None]
         for distance in range(1, count):
@@ -152,11 +151,6 @@ def _programs(structure: Any, kernels: Kernels, count: int) -> _Programs:
         round=jax.jit(round_, donate_argnums=1),
         decode=jax.jit(decode, static_argnums=5, donate_argnums=1),
     )
-
-
-def _row(hidden: jax.Array, index: jax.Array) -> jax.Array:
-    """One row [B, 1, D] of each sequence's hidden states [B, T, D], by index [B]."""
-    return take_position(hidden, index)
 
 
 def _likeliest(model: Transformer, hidden: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from glm_jax.layers.linear import project, project_reduce
 from glm_jax.layers.norm import RmsNorm
 from glm_jax.layers.rope import rotate
 from glm_jax.layers.step import Step
-from glm_jax.sharding import Constant, Normal, declare, whole
+from glm_jax.sharding import Constant, Normal, declare, take_position, whole
 
 
 class GqaAttention(nnx.Module):
@@ -49,13 +49,17 @@ class GqaAttention(nnx.Module):
         )
 
     def __call__(
-        self, x: jax.Array, step: Step, cache: KvCache | None, layer: jax.Array | None
+        self, x: jax.Array, step: Step, cache: KvCache | None, layer: jax.Array | None, *, only: jax.Array | None = None
     ) -> tuple[jax.Array, KvCache | None]:
-        """Attention of x [B, T, D] over its own sequences; returns [B, T, D] and the cache with the new rows."""
-        q = _head_project(x, self.q, self.q_bias, self.q_norm)
+        """Attention of x [B, T, D] over its own sequences; returns [B, T, D] and the cache with the new rows.
+
+        With `only`, one row [B] of each sequence, that one alone asks: [B, 1, D].
+        """
+        asking = step.only(only)
+        q = _head_project(x if only is None else take_position(x, only), self.q, self.q_bias, self.q_norm)
         k = _head_project(x, self.k, self.k_bias, self.k_norm)
         v = _head_project(x, self.v, self.v_bias, None)
-        q, k = rotate(q, step.rotation), rotate(k, step.rotation)
+        q, k = rotate(q, asking.rotation), rotate(k, step.rotation)
         k, v = whole(k, 1), whole(v, 1)  # each query needs those of all devices that share its sequence
         if cache is not None:
             cache = cache.write(k, v, step.positions, layer)
@@ -64,7 +68,7 @@ class GqaAttention(nnx.Module):
         else:
             assert cache is not None, "a pass that continues sequences needs their cache"
             keys, values = cache.read(layer)
-        out = attend(q, keys, values, last_key=step.positions, fresh=step.fresh)
+        out = attend(q, keys, values, last_key=asking.positions, fresh=asking.fresh)
         return project_reduce(out, self.o[...]), cache
 
     def empty_cache(self, zeros: Zeros, *, batch: int, length: int) -> KvCache:

@@ -25,7 +25,7 @@ from glm_jax.layers.norm import RmsNorm
 from glm_jax.layers.quantized import contract_outputs, weight_einsum
 from glm_jax.layers.rope import rotate
 from glm_jax.layers.step import Step
-from glm_jax.sharding import Normal, QuantizedArray, WeightArray, declare, whole
+from glm_jax.sharding import Normal, QuantizedArray, WeightArray, declare, take_position, whole
 
 
 class MlaAttention(nnx.Module):
@@ -55,18 +55,28 @@ class MlaAttention(nnx.Module):
         self.o = matrix((embed_dim, heads, config.value_dim), "embed", "heads", "head_dim", inputs=2)
 
     def __call__(
-        self, x: jax.Array, step: Step, cache: LatentCache | None, layer: jax.Array | None
+        self,
+        x: jax.Array,
+        step: Step,
+        cache: LatentCache | None,
+        layer: jax.Array | None,
+        *,
+        only: jax.Array | None = None,
     ) -> tuple[jax.Array, LatentCache | None]:
-        """Attention of x [B, T, D] over its own sequences; returns [B, T, D] and the cache with the new rows."""
-        q = self._queries(x, step)
+        """Attention of x [B, T, D] over its own sequences; returns [B, T, D] and the cache with the new rows.
+
+        With `only`, one row [B] of each sequence, that one alone asks: [B, 1, D].
+        """
+        asking = step.only(only)
+        q = self._queries(x if only is None else take_position(x, only), asking)
         rows = whole(self._latent(x, step), 1)  # each query needs those of all devices that share its sequence
         if cache is not None:
             cache = cache.write(rows, step.positions, layer)
         if not step.fresh:
             assert cache is not None, "a pass that continues sequences needs their cache"
             rows = cache.read(layer).astype(x.dtype)
-        form = self._expanded if step.fresh or self._expanding_pays(x.shape[1]) else self._absorbed
-        return project_reduce(form(q, rows, step), self.o[...]), cache
+        form = self._expanded if asking.fresh or self._expanding_pays(q.shape[1]) else self._absorbed
+        return project_reduce(form(q, rows, asking), self.o[...]), cache
 
     def empty_cache(self, zeros: Zeros, *, batch: int, length: int) -> LatentCache:
         """A cache of `length` rows a sequence. No dimension is one of heads: tensor parallelism replicates it."""

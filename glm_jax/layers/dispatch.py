@@ -68,7 +68,11 @@ def run_experts(
         raise InputError(f"dispatch {dispatch!r} is not known; right would be one of {', '.join(DISPATCHES)}")
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return _whole(x, ids, weights, experts=functools.partial(experts, gate_up_E2FD=gate_up, down_EDF=down))
+        return _alone(x, ids, weights, (gate_up, down), experts=experts)
+    out_layout = spec_of(axes_of(x, 0), axes_of(x, 1), None)
+    if mesh.size == 1:  # XLA's CPU backend would run each exchange of one device with itself
+        alone = functools.partial(_alone, experts=experts)
+        return jax.shard_map(alone, out_specs=out_layout, check_vma=False)(x, ids, weights, (gate_up, down))
     sizes = dict(mesh.shape)
     values, down_values = (w.values if isinstance(w, QuantizedArray) else w for w in (gate_up, down))
     tokens = (*axes_of(x, 0), *axes_of(x, 1))
@@ -103,7 +107,15 @@ def run_experts(
             x.shape
         )
 
-    return jax.shard_map(region, out_specs=spec_of(axes_of(x, 0), axes_of(x, 1), None))(x, ids, weights, gate_up, down)
+    return jax.shard_map(region, out_specs=out_layout)(x, ids, weights, gate_up, down)
+
+
+def _alone(
+    x: jax.Array, ids: jax.Array, weights: jax.Array, matrices: tuple[WeightArray, WeightArray], *, experts: Experts
+) -> jax.Array:
+    """All experts on x, ids and weights [B, T, ...], without a mesh or on one of a single device."""
+    rows = (a.reshape(-1, a.shape[-1]) for a in (x, ids, weights))
+    return experts(*rows, gate_up_E2FD=matrices[0], down_EDF=matrices[1]).reshape(x.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,12 +146,6 @@ class _Layout:
     def summed(self) -> MeshAxes:
         """The axes along which devices have partial results of the same tokens."""
         return tuple(axis for axis in (*self.experts, *self.width) if axis not in self.shared)
-
-
-def _whole(x: jax.Array, ids: jax.Array, weights: jax.Array, *, experts: Experts) -> jax.Array:
-    """All experts on x, ids and weights [B, T, ...], without a mesh."""
-    rows = (a.reshape(-1, a.shape[-1]) for a in (x, ids, weights))
-    return experts(*rows).reshape(x.shape)
 
 
 def _gathered(rows: Rows, layout: _Layout, *, experts: Experts, held: int) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from glm_jax.configs import ModelConfig
-from glm_jax.layers.linear import precision_of, project
+from glm_jax.layers.linear import few_rows, precision_of, project
 from glm_jax.sharding import (
     Normal,
     QuantizedArray,
@@ -54,6 +54,6 @@ def logits(x: jax.Array, weight: WeightArray) -> jax.Array:
     values = weight.values if isinstance(weight, QuantizedArray) else weight
     if apart := apart_axes(weight, 1):
         return multiply_apart(logits, x, weight, apart=apart, layout=((x, 0), (x, 1), (values, 0)))
-    if isinstance(weight, QuantizedArray):
+    if isinstance(weight, QuantizedArray) or (few_rows(x) and x.dtype == jnp.float32):
         return project(x, weight)
     return jnp.einsum("btd,vd->btv", x, weight, precision=precision_of(x.dtype), preferred_element_type=jnp.float32)

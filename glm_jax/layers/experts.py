@@ -25,18 +25,23 @@ from glm_jax.layers.experts_switch import switch_experts
 from glm_jax.layers.linear import precision_of
 from glm_jax.layers.mlp import swiglu
 from glm_jax.layers.quantized import merge_outputs, weight_einsum
-from glm_jax.sharding import QuantizedArray, WeightArray
+from glm_jax.sharding import QuantizedArray, WeightArray, platform
 
 Experts = Callable[..., jax.Array]
 MAX_BLOCK_ROWS = 128
 CACHED_PARAMETERS = 2**19  # 2 MiB of float32
+MAX_SINGLE_TOKENS = 4  # that a CPU takes one by one through all experts: see `layers.linear.few_rows`
 MAX_DENSE_TOKENS = 512  # of a TPU's decode step, for which grouped products would copy the experts out of the stack
 
 
 def dense_experts(
     x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, *, gate_up_E2FD: WeightArray, down_EDF: WeightArray
 ) -> jax.Array:
-    """All local experts on all tokens; those not chosen get weight 0."""
+    """All local experts on all tokens; those not chosen get weight 0. On a CPU a few tokens go one by one."""
+    tokens = x_TD.shape[0]
+    if platform() == "cpu" and 1 < tokens <= MAX_SINGLE_TOKENS:
+        each = ((a[token : token + 1] for a in (x_TD, ids_TK, weights_TK)) for token in range(tokens))
+        return jnp.concatenate([dense_experts(*one, gate_up_E2FD=gate_up_E2FD, down_EDF=down_EDF) for one in each])
     precision = precision_of(x_TD.dtype)
     chosen_TKE = ids_TK[:, :, None] == jnp.arange(down_EDF.shape[0])
     weights_TE = jnp.sum(jnp.where(chosen_TKE, weights_TK[:, :, None], 0.0), axis=1)

@@ -15,7 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from glm_jax.layers.quantized import merge_inputs, merge_outputs, multiply_rows, weight_einsum
+from glm_jax.layers.quantized import (
+    MAX_SINGLE_ROWS,
+    merge_inputs,
+    merge_outputs,
+    multiply_few_rows,
+    weight_einsum,
+)
 from glm_jax.sharding import (
     QuantizedArray,
     WeightArray,
@@ -36,12 +42,17 @@ def precision_of(dtype: Any) -> lax.Precision:
     return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
+def few_rows(x: jax.Array) -> bool:
+    """Whether x [B, T, D] has a few rows on a CPU, which a matrix multiplies faster one by one than together."""
+    return platform() == "cpu" and 1 < x.shape[0] * x.shape[1] <= MAX_SINGLE_ROWS
+
+
 def project(x: jax.Array, weight: WeightArray) -> jax.Array:
     """x [B, T, D] by a weight [..., D], its first dimension split or its last one kept apart, or both: [B, T, ...]."""
     if apart := apart_axes(weight, weight.ndim - 1):
         return multiply_apart(project, x, weight, apart=apart, layout=_outputs(x, weight))
-    if isinstance(weight, QuantizedArray):
-        return local_call(_project_quantized, x, weight, layout=_outputs(x, weight))
+    if isinstance(weight, QuantizedArray) or few_rows(x):
+        return local_call(_project_local, x, weight, layout=_outputs(x, weight))
     outputs, inputs = weight.shape[:-1], weight.shape[-1]
     matrix = reshape(weight, (math.prod(outputs), inputs), layout=(0, len(outputs)))
     y = jnp.einsum("btd,od->bto", x, matrix, precision=precision_of(x.dtype))
@@ -54,11 +65,12 @@ def _outputs(x: jax.Array, weight: WeightArray) -> list[tuple[jax.Array, int]]:
     return [(x, 0), (x, 1), *((values, dimension) for dimension in range(values.ndim - 1))]
 
 
-def _project_quantized(x: jax.Array, weight: QuantizedArray) -> jax.Array:
+def _project_local(x: jax.Array, weight: WeightArray) -> jax.Array:
+    """A projection by a quantised weight, or of a few rows on a CPU; of this device's own parts."""
     outputs = weight.shape[:-1]
     matrix = merge_outputs(weight, 0, len(outputs))
-    if weight.bits or platform() == "cpu":
-        y = multiply_rows(x.reshape(-1, x.shape[-1]), matrix).astype(x.dtype)
+    if _is_rows(weight):
+        y = multiply_few_rows(x.reshape(-1, x.shape[-1]), matrix).astype(x.dtype)
     else:
         y = weight_einsum("btd,od->bto", x, matrix, precision=precision_of(x.dtype))
     return y.reshape(*x.shape[:2], *outputs)
@@ -79,18 +91,25 @@ def project_reduce(x: jax.Array, weight: WeightArray) -> jax.Array:
     if apart := apart_axes(weight, 0):
         over = apart_axes(weight, 1)
         return spread_outputs(project_reduce, x, weight, apart=apart, over=over)
-    if isinstance(weight, QuantizedArray):
-        layout, over = ((x, 0), (x, 1), (weight.values, 0)), axes_of(weight.values, 1)
-        return local_sum(_reduce_quantized, x, weight, layout=layout, over=over)
+    if isinstance(weight, QuantizedArray) or few_rows(x):
+        values = weight.values if isinstance(weight, QuantizedArray) else weight
+        layout, over = ((x, 0), (x, 1), (values, 0)), axes_of(values, 1)
+        return local_sum(_reduce_local, x, weight, layout=layout, over=over)
     inputs = math.prod(weight.shape[1:])
     x = reshape(x, (*x.shape[:2], inputs), layout=(0, 1, 2))
     matrix = reshape(weight, (weight.shape[0], inputs), layout=(0, 1))
     return einsum_reduce("bti,di->btd", x, matrix, precision=precision_of(x.dtype))
 
 
-def _reduce_quantized(x: jax.Array, weight: QuantizedArray) -> jax.Array:
+def _reduce_local(x: jax.Array, weight: WeightArray) -> jax.Array:
+    """As `_project_local`, over all dimensions of x [B, T, ...] but the first two."""
     rows = x.reshape(*x.shape[:2], -1)
-    if weight.bits or platform() == "cpu":
-        y = multiply_rows(rows.reshape(-1, rows.shape[-1]), merge_inputs(weight)).astype(x.dtype)
+    if _is_rows(weight):
+        y = multiply_few_rows(rows.reshape(-1, rows.shape[-1]), merge_inputs(weight)).astype(x.dtype)
         return y.reshape(*x.shape[:2], -1)
     return weight_einsum("bti,di->btd", rows, merge_inputs(weight), precision=precision_of(x.dtype))
+
+
+def _is_rows(weight: WeightArray) -> bool:
+    """Whether a product is one of rows by a matrix: on a CPU, and by bits, which are held nowhere else."""
+    return platform() == "cpu" or (isinstance(weight, QuantizedArray) and weight.bits)

@@ -18,6 +18,7 @@ from glm_jax.sharding import QuantizedArray, WeightArray
 
 # Values of all groups' products that are held at once (256 MiB of float32); beyond, one group follows the other.
 MAX_GROUP_VALUES = 2**26
+MAX_SINGLE_ROWS = 3  # rows that a CPU multiplies faster one by one: for a product of matrices XLA repacks the weight
 MAX_FUSED_INPUTS = 2**12 - 2**7  # of a row that XLA's CPU backend multiplies without writing out the matrix
 _GROUP = "z"  # the einsum label of groups
 
@@ -73,8 +74,10 @@ def merge_outputs(weight: WeightArray, first: int, count: int) -> WeightArray:
     return weight.map(merge) if isinstance(weight, QuantizedArray) else merge(weight)
 
 
-def merge_inputs(weight: QuantizedArray) -> QuantizedArray:
-    """The weight with all of its input dimensions as one; on this device's own part."""
+def merge_inputs(weight: WeightArray) -> WeightArray:
+    """A weight [D, ...] with all of its input dimensions, those after the first, as one; on this device's own part."""
+    if not isinstance(weight, QuantizedArray):
+        return weight.reshape(weight.shape[0], -1)
     outputs = weight.shape[: weight.ndim - weight.inputs]
     return QuantizedArray(weight.values.reshape(*outputs, -1), weight.scale, 1)
 
@@ -104,6 +107,21 @@ def multiply_rows(x_RN: jax.Array, weight_MN: WeightArray) -> jax.Array:
             return jnp.einsum("rn,mn->rm", x_RN, matrix, preferred_element_type=jnp.float32)
         weight_MN = weight_MN.dequantize(x_RN.dtype)
     return jnp.matmul(x_RN, weight_MN.T, preferred_element_type=jnp.float32)
+
+
+def multiply_few_rows(x_RN: jax.Array, weight_MN: WeightArray) -> jax.Array:
+    """As `multiply_rows`, but up to MAX_SINGLE_ROWS rows one by one, for matrices that are no slices of others.
+
+    Not by bfloat16 bits, of which a product of matrices is as fast.
+    """
+    rows = x_RN.shape[0]
+    if not 1 < rows <= MAX_SINGLE_ROWS or (isinstance(weight_MN, QuantizedArray) and weight_MN.bits):
+        return multiply_rows(x_RN, weight_MN)
+    each = (x_RN[row : row + 1] for row in range(rows))
+    if isinstance(weight_MN, QuantizedArray):
+        return jnp.concatenate([multiply_rows(row, weight_MN) for row in each])
+    # Not with a transposed matrix, which XLA would fuse with the product, and the making of the row as well.
+    return jnp.concatenate([jnp.einsum("rn,mn->rm", row, weight_MN) for row in each])
 
 
 def multiply_row(x_1N: jax.Array, weight_EMN: WeightArray, index: jax.Array | int) -> jax.Array:

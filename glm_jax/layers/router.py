@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from glm_jax.configs import MoeConfig
+from glm_jax.layers.linear import project
 from glm_jax.sharding import Constant, Normal, declare
 
 
@@ -38,12 +39,7 @@ class Router(nnx.Module):
     def __call__(self, x: jax.Array) -> Routing:
         """Route x [B, T, D]. The bias moves the choice, never the weight; weights sum to `routed_scaling`."""
         config = self.config
-        logits = jnp.einsum(
-            "btd,ed->bte",
-            x.astype(jnp.float32),
-            self.weight[...].astype(jnp.float32),
-            precision=jax.lax.Precision.HIGHEST,
-        )
+        logits = project(x.astype(jnp.float32), self.weight[...].astype(jnp.float32))
         scores = jax.nn.sigmoid(logits)
         choice = scores + self.bias[...]
         if config.num_groups > 1:

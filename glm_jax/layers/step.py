@@ -8,6 +8,7 @@ import functools
 import jax
 
 from glm_jax.layers.rope import Rotation
+from glm_jax.sharding import take_position
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,3 +44,12 @@ class Step:
     fresh: bool
     kernels: Kernels
     remat: bool = False
+
+    def only(self, row: jax.Array | None) -> Step:
+        """The step of one row [B] of each sequence, which sees the others; without a row the step itself."""
+        if row is None:
+            return self
+        cos, sin = (take_position(angles, row) for angles in (self.rotation.cos, self.rotation.sin))
+        positions = take_position(self.positions[..., None], row)[..., 0]
+        rotation = dataclasses.replace(self.rotation, cos=cos, sin=sin)
+        return dataclasses.replace(self, positions=positions, rotation=rotation, fresh=False)

@@ -18,7 +18,7 @@ from glm_jax.layers.mlp import Mlp
 from glm_jax.layers.moe import Moe
 from glm_jax.layers.norm import RmsNorm
 from glm_jax.layers.step import Step
-from glm_jax.sharding import Normal, declare
+from glm_jax.sharding import Normal, declare, take_position
 
 
 class DecoderLayer(nnx.Module):
@@ -33,15 +33,22 @@ class DecoderLayer(nnx.Module):
         self.moe: Any = Moe(config.moe, size, initializer_range=std) if experts else None
 
     def __call__(
-        self, x: jax.Array, step: Step, cache: LayerCache | None, layer: jax.Array | None
+        self,
+        x: jax.Array,
+        step: Step,
+        cache: LayerCache | None,
+        layer: jax.Array | None,
+        *,
+        only: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
         """Run x [B, T, D] through the layer.
 
         `layer` is its index where the cache is that of a stacked group. Returns x [B, T, D], the cache with this
-        pass's rows, and of a MoE layer the experts chosen, int32 [B, T, K].
+        pass's rows, and of a MoE layer the experts chosen, int32 [B, T, K]. With `only`, one row [B] of each sequence,
+        the others are but cached: T is then 1 in what is returned.
         """
-        attended, cache = self.attention(self.attention_norm(x), step, cache, layer)
-        x = x + attended
+        attended, cache = self.attention(self.attention_norm(x), step, cache, layer, only=only)
+        x = (x if only is None else take_position(x, only)) + attended
         normal = self.mlp_norm(x)
         out, ids = (self.mlp(normal), None) if self.mlp is not None else self.moe(normal, step)
         return x + out, cache, ids
@@ -76,9 +83,15 @@ class MtpLayer(nnx.Module):
         self.head = Head(config) if "head" in config.mtp_copies else None
 
     def __call__(
-        self, embedded: jax.Array, hidden: jax.Array, step: Step, cache: LayerCache | None
+        self,
+        embedded: jax.Array,
+        hidden: jax.Array,
+        step: Step,
+        cache: LayerCache | None,
+        *,
+        only: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
         """Embeddings of the next tokens and hidden states [B, T, D] -> as a layer, normalised for the head."""
         joined = jnp.concatenate([self.embed_norm(embedded), self.hidden_norm(hidden)], axis=-1)
-        x, cache, ids = self.layer(project_reduce(joined, self.projection[...]), step, cache, None)
+        x, cache, ids = self.layer(project_reduce(joined, self.projection[...]), step, cache, None, only=only)
         return self.norm(x), cache, ids

@@ -16,7 +16,9 @@ from glm_jax.inference.runner import Runner
 from glm_jax.inference.sampling import Sampler
 from glm_jax.inference.speculative import Speculator
 from glm_jax.layers.step import Kernels
+from glm_jax.model import create_cache
 from glm_jax.serving import TextSide
+from glm_jax.sharding import batch_sharding
 from tests import published
 from tests.inference import checkpoints
 from tests.inference.checkpoints import FAMILIES
@@ -47,6 +49,37 @@ def run(model: Transformer, prompts: list[list[int]], **settings: Any) -> tuple[
         for tokens, more in zip(new, batch, strict=True):
             tokens += more
     return new, batches.acceptance
+
+
+# --- the layer that drafts ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_row_goes_on_as_it_does_among_all(directory, one_device, family, fresh):
+    """And all rows are cached, as they are when all go on."""
+    model = glm_jax.load(directory[family], mesh=one_device)
+    rng, shape = np.random.default_rng(3), (3, 5, model.config.embed_dim)
+    laid_out = batch_sharding(3, one_device, model.rules, length=5)
+    embedded, hidden = (jax.device_put(rng.normal(size=shape).astype("float32"), laid_out) for _ in range(2))
+    start = np.zeros((3, 1), np.int32) if fresh else np.array([[0], [2], [7]], np.int32)
+    positions = jax.device_put(start + np.arange(5, dtype=np.int32), laid_out)
+    asked = np.array([4, 0, 2])
+    only = jax.device_put(asked, batch_sharding(3, one_device, model.rules))
+
+    @jax.jit
+    def mtp(embedded, hidden, cache, positions, only):
+        step = model.step(positions, fresh=fresh, kernels=DENSE)
+        return model.mtp(embedded, hidden, step, cache, only=only)
+
+    with jax.set_mesh(one_device):
+        cache = create_cache(model, 3, 16, mtp=True).mtp
+        whole, cached, ids = mtp(embedded, hidden, cache, positions, None)
+        row, cached_too, its_ids = mtp(embedded, hidden, cache, positions, only)
+    np.testing.assert_allclose(row[:, 0], np.asarray(whole)[np.arange(3), asked], atol=1e-4)
+    np.testing.assert_array_equal(its_ids[:, 0], np.asarray(ids)[np.arange(3), asked])
+    for ours, theirs in zip(jax.tree.leaves(cached_too), jax.tree.leaves(cached), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 # --- the same tokens ------------------------------------------------------------------------------------------------

@@ -1,0 +1,57 @@
+"""Projections of few rows, which a CPU multiplies one by one: the same sums, on one device and on several."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_jax.layers.linear import few_rows, project, project_reduce
+from glm_jax.layers.quantized import MAX_SINGLE_ROWS
+from glm_jax.sharding import QuantizedArray, make_mesh, spec_of
+
+SIZE, HEADS, HEAD = 16, 4, 6
+ROWS = [(1, 1), (1, 2), (2, 1), (3, 1), (1, 4), (2, 3)]
+
+
+def arrays(shape: tuple[int, ...]) -> tuple[jax.Array, QuantizedArray, np.ndarray, np.ndarray]:
+    """A weight, a quantised one of the same shape, and the numbers of both."""
+    rng = np.random.default_rng(0)
+    plain, values = rng.normal(size=shape).astype(np.float32), rng.integers(-127, 128, shape, np.int8)
+    scale = rng.uniform(0.5, 1.5, shape[:1]).astype(np.float32)
+    numbers = values * scale.reshape(-1, *(1,) * (len(shape) - 1))
+    return jnp.asarray(plain), QuantizedArray(jnp.asarray(values), jnp.asarray(scale), len(shape) - 1), plain, numbers
+
+
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+def test_projections(rows):
+    x = np.random.default_rng(1).normal(size=(*rows, SIZE)).astype(np.float32)
+    plain, narrow, plain_numbers, numbers = arrays((10, SIZE))
+    for weight, matrix in ((plain, plain_numbers), (narrow, numbers)):
+        expected = x @ matrix.T
+        np.testing.assert_allclose(jax.jit(project)(x, weight), expected, atol=1e-5 * np.abs(expected).max())
+        np.testing.assert_allclose(jax.jit(project_reduce)(x, weight), expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+def test_split_over_devices(rows):
+    """Heads as outputs, then as inputs whose products are summed over the devices; sequences split too."""
+    rng = np.random.default_rng(2)
+    q, o = (rng.normal(size=shape).astype(np.float32) for shape in ((HEADS, HEAD, SIZE), (SIZE, HEADS, HEAD)))
+    x = rng.normal(size=(*rows, SIZE)).astype(np.float32)
+    sizes = {"data": 2 if rows[0] == 2 else 1, "tensor": 2}
+    mesh = make_mesh(**sizes, devices=jax.devices()[: sizes["data"] * sizes["tensor"]])
+    with jax.set_mesh(mesh):
+        placed = [
+            jax.device_put(array, jax.NamedSharding(mesh, spec))
+            for array, spec in ((x, spec_of("data")), (q, spec_of("tensor")), (o, spec_of(None, "tensor")))
+        ]
+        out = jax.jit(lambda x, q, o: project_reduce(project(x, q), o))(*placed)
+    expected = np.einsum("btnh,dnh->btd", np.einsum("btd,nhd->btnh", x, q), o)
+    np.testing.assert_allclose(out, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_only_a_few_rows_go_one_by_one():
+    counts = {rows: few_rows(jnp.zeros((1, rows, SIZE))) for rows in range(1, MAX_SINGLE_ROWS + 2)}
+    assert counts == {1: False, **{rows: True for rows in range(2, MAX_SINGLE_ROWS + 1)}, MAX_SINGLE_ROWS + 1: False}
