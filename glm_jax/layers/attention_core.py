@@ -48,7 +48,10 @@ def attend(
 
 
 def _in_blocks(block: Callable[..., jax.Array], q: jax.Array, last_key: jax.Array, *, width: int) -> jax.Array:
-    """block(q, last_key) of all queries, of many by blocks of them, so that not all scores are held at once."""
+    """block(q, last_key) of all queries, of many by blocks of them, so that not all scores are held at once.
+
+    A backward pass makes the scores of each block anew, rather than be handed those of all of them.
+    """
     batch, length, heads, head_dim = q.shape
     if length <= QUERY_BLOCK:
         return block(q, last_key)
@@ -58,7 +61,8 @@ def _in_blocks(block: Callable[..., jax.Array], q: jax.Array, last_key: jax.Arra
     last_key = jnp.pad(last_key, ((0, 0), (0, pad)))
     q_blocks = jnp.swapaxes(q.reshape(batch, blocks, QUERY_BLOCK, heads, head_dim), 0, 1)
     key_blocks = jnp.swapaxes(last_key.reshape(batch, blocks, QUERY_BLOCK), 0, 1)
-    out = jax.lax.map(lambda each: block(*each), (q_blocks, key_blocks))
+    again = jax.checkpoint(block, prevent_cse=False)  # in a loop nothing is merged
+    out = jax.lax.map(lambda each: again(*each), (q_blocks, key_blocks))
     return jnp.swapaxes(out, 0, 1).reshape(batch, blocks * QUERY_BLOCK, heads, width)[:, :length]
 
 

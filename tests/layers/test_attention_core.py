@@ -82,3 +82,26 @@ def test_a_prompt_in_parts(mesh_of_sizes, monkeypatch, sizes, queries):
         at = jax.device_put(last_key, NamedSharding(mesh, PartitionSpec("data")))
         out = jax.jit(lambda q, k, v, last: attend(q, k, v, last_key=last, fresh=True))(*placed, at)
     np.testing.assert_allclose(out, by_numpy(q, k, v, last_key), atol=1e-5)
+
+
+def test_the_backward_pass_is_handed_no_scores(monkeypatch):
+    """It makes those of each block anew: what is kept of a prompt grows with its length, not with the square."""
+    monkeypatch.setattr(attention_core, "QUERY_BLOCK", 8)
+    length = 64
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(BATCH, length, HEADS, WIDTH)).astype(np.float32)
+    k, v = (rng.normal(size=(BATCH, 2, length, n)).astype(np.float32) for n in (WIDTH, VALUE))
+    last_key = np.broadcast_to(np.arange(length, dtype=np.int32), (BATCH, length))
+
+    def attention(q, k, v):
+        return attend(q, k, v, last_key=jax.numpy.asarray(last_key), fresh=True)
+
+    kept = jax.tree.leaves(jax.eval_shape(lambda *inputs: jax.vjp(attention, *inputs)[1], q, k, v))
+    assert max(leaf.size for leaf in kept) < BATCH * HEADS * length * length / 4
+    weight = rng.normal(size=(BATCH, length, HEADS, VALUE)).astype(np.float32)
+    loss = jax.jit(jax.grad(lambda *inputs: (attention(*inputs) * weight).sum(), argnums=(0, 1, 2)))
+    by_blocks = loss(q, k, v)
+    monkeypatch.setattr(attention_core, "QUERY_BLOCK", length)
+    loss.clear_cache()
+    for ours, at_once in zip(by_blocks, loss(q, k, v), strict=True):
+        np.testing.assert_allclose(ours, at_once, atol=1e-5)
