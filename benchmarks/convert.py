@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def main() -> None:
             rows.append(run("export", EXPORT, converted, options.directory / "out-export", keep=False))
             print(f"turn {turn + 1}: " + shown(rows[-1], nbytes), flush=True)
         for name in contenders:
-            shutil.rmtree(options.directory / f"out-{name}", ignore_errors=True)
+            remove(options.directory / f"out-{name}")
     report(rows, nbytes, options.json)
     if not options.keep:
         shutil.rmtree(source)
@@ -125,7 +126,7 @@ def content(block: np.ndarray, spec: TensorSpec, number: int) -> np.ndarray:
 
 def run(name: str, program: str, source: Path, target: Path, *, keep: bool) -> dict[str, Any]:
     """Time one contender in a process of its own."""
-    shutil.rmtree(target, ignore_errors=True)
+    remove(target)
     forget(source)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     load = os.getloadavg()[0]
@@ -134,9 +135,17 @@ def run(name: str, program: str, source: Path, target: Path, *, keep: bool) -> d
     child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     seconds, failed = time.monotonic() - started, child.returncode != 0
     if not keep or failed:
-        shutil.rmtree(target, ignore_errors=True)
-    peak = 0 if failed else int(child.stdout.split()[-1]) * 1024
-    return {"name": name, "seconds": seconds, "peak_rss": peak, "load": load, "failed": failed}
+        remove(target)
+    peak = None if failed else int(child.stdout.split()[-1]) * 1024
+    why = {0: None, -signal.SIGKILL: "killed, as the kernel does where memory ends"}
+    failure = why.get(child.returncode, f"exit status {child.returncode}")
+    return {"name": name, "seconds": seconds, "peak_rss": peak, "load": load, "failure": failure}
+
+
+def remove(target: Path) -> None:
+    """Remove what a contender wrote, under its final name or one that it began with."""
+    for path in target.parent.glob(f"{target.name}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def forget(directory: Path) -> None:
@@ -150,9 +159,8 @@ def forget(directory: Path) -> None:
 
 def shown(row: dict[str, Any], nbytes: int) -> str:
     """A row for people."""
-    state = "FAILED" if row["failed"] else f"{nbytes / GB / row['seconds']:.2f} GB/s"
-    peak, load = row["peak_rss"] / 2**30, row["load"]
-    return f"{row['name']:8} {row['seconds']:6.1f} s  {state}  peak {peak:.2f} GiB  (load {load:.1f})"
+    state = f"{nbytes / GB / row['seconds']:.2f} GB/s  peak {(row['peak_rss'] or 0) / 2**30:.2f} GiB"
+    return f"{row['name']:8} {row['seconds']:6.1f} s  {row['failure'] or state}  (load {row['load']:.1f})"
 
 
 def report(rows: list[dict[str, Any]], nbytes: int, path: Path | None) -> None:
@@ -161,7 +169,7 @@ def report(rows: list[dict[str, Any]], nbytes: int, path: Path | None) -> None:
     names = list(dict.fromkeys(row["name"] for row in rows))
     summary = {}
     for name in names:
-        mine = [row for row in rows if row["name"] == name and not row["failed"]]
+        mine = [row for row in rows if row["name"] == name and row["failure"] is None]
         if not mine:
             continue
         seconds = [row["seconds"] for row in mine]
