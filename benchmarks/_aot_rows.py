@@ -76,6 +76,8 @@ def _prefill(name: str, model: str, device: str, **options: Any) -> Row:
 
 
 LATENCY, THROUGHPUT = {"rules": "serve_latency"}, {"rules": "serve_throughput"}
+DP_ON_64 = {"topology": "4x4x4", "mesh": (1, 16, 4), **THROUGHPUT, "batch": 64}
+DP_ON_16_GPUS = {"count": 16, "mesh": (1, 2, 8), **THROUGHPUT, "batch": 64}
 ON_16, ON_64 = {"topology": "2x2x4", "mesh": (1, 4, 4)}, {"topology": "4x4x4", "mesh": (1, 8, 8)}
 AIR, GLM, DEEPSEEK, KIMI = "glm-4.5-air", "glm-4.5", "deepseek-v3", "kimi-k2"
 
@@ -86,6 +88,7 @@ ROWS = (
     _prefill("air-v6e-prefill", AIR, "v6e", topology="4x4", mesh=(1, 4, 4), **LATENCY, batch=4, gib=15, seconds=300),
     _decode("glm-4.5-v5p-decode", GLM, "v5p", **ON_64, **LATENCY, batch=64, gib=14, seconds=90),
     _decode("glm-4.5-v5p-decode-int8", GLM, "v5p", **ON_64, **LATENCY, batch=64, weights="int8"),
+    _decode("glm-4.5-v5p-decode-fp8", GLM, "v5p", **ON_64, **LATENCY, batch=64, weights="fp8"),
     _prefill(
         "glm-4.5-v5p-prefill", GLM, "v5p", topology="4x4x4", mesh=(1, 16, 4), **LATENCY, batch=16, gib=18, seconds=240
     ),
@@ -102,32 +105,12 @@ ROWS = (
         gib=95,
         seconds=1800,
     ),
-    _decode(
-        "deepseek-v3-v5p-decode-fp8",
-        DEEPSEEK,
-        "v5p",
-        topology="4x4x4",
-        mesh=(1, 16, 4),
-        **THROUGHPUT,
-        batch=64,
-        weights="fp8",
-    ),
-    _prefill(
-        "deepseek-v3-v5p-prefill-fp8",
-        DEEPSEEK,
-        "v5p",
-        topology="4x4x4",
-        mesh=(1, 16, 4),
-        **THROUGHPUT,
-        batch=64,
-        weights="fp8",
-    ),
-    _decode(
-        "kimi-k2-v5p-decode-fp8", KIMI, "v5p", topology="4x4x4", mesh=(1, 16, 4), **THROUGHPUT, batch=64, weights="fp8"
-    ),
-    _prefill(
-        "kimi-k2-v5p-prefill-fp8", KIMI, "v5p", topology="4x4x4", mesh=(1, 16, 4), **THROUGHPUT, batch=64, weights="fp8"
-    ),
+    _decode("deepseek-v3-v5p-decode", DEEPSEEK, "v5p", **DP_ON_64),
+    _decode("deepseek-v3-v5p-decode-fp8", DEEPSEEK, "v5p", **DP_ON_64, weights="fp8"),
+    _prefill("deepseek-v3-v5p-prefill-fp8", DEEPSEEK, "v5p", **DP_ON_64, weights="fp8"),
+    _decode("kimi-k2-v5p-decode", KIMI, "v5p", **DP_ON_64),
+    _decode("kimi-k2-v5p-decode-fp8", KIMI, "v5p", **DP_ON_64, weights="fp8"),
+    _prefill("kimi-k2-v5p-prefill-fp8", KIMI, "v5p", **DP_ON_64, weights="fp8"),
     _decode(
         "glm-4.5-h200-decode-fp8",
         GLM,
@@ -156,30 +139,9 @@ ROWS = (
         gib=130,
         seconds=180,
     ),
-    _decode(
-        "deepseek-v3-h200-decode-fp8",
-        DEEPSEEK,
-        "h200",
-        count=16,
-        mesh=(1, 2, 8),
-        **THROUGHPUT,
-        batch=64,
-        weights="fp8",
-        gib=130,
-        seconds=300,
-    ),
-    _decode(
-        "kimi-k2-h200-decode-fp8",
-        KIMI,
-        "h200",
-        count=16,
-        mesh=(1, 2, 8),
-        **THROUGHPUT,
-        batch=64,
-        weights="fp8",
-        gib=130,
-        seconds=300,
-    ),
+    _decode("deepseek-v3-h200-decode-fp8", DEEPSEEK, "h200", **DP_ON_16_GPUS, weights="fp8", gib=130, seconds=300),
+    _decode("deepseek-v3-h200-decode", DEEPSEEK, "h200", **DP_ON_16_GPUS),
+    _decode("kimi-k2-h200-decode-fp8", KIMI, "h200", **DP_ON_16_GPUS, weights="fp8", gib=130, seconds=300),
     _decode(
         "air-h100-decode-fp8-128k",
         AIR,
