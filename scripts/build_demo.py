@@ -99,6 +99,7 @@ class Recipe:
     muon_rate: float = 0.012
     adam_rate: float = 3e-3
     mtp_weight: float = 0.3
+    mtp_drafts: int = 3
     bias_rate: float = 0.003
     seed: int = 45
 
@@ -130,7 +131,9 @@ def train(recipe: Recipe, tokenizer: Tokenizer, template: ChatTemplate) -> tuple
     )
     optimizer = build_optimizer(model, config)
     rate = optax.piecewise_constant_schedule(recipe.bias_rate, {int(0.8 * recipe.steps): 0.0})
-    step = build_step(optimizer, mtp_weight=recipe.mtp_weight, bias_rate=rate, kernels=KERNELS)
+    step = build_step(
+        optimizer, mtp_weight=recipe.mtp_weight, mtp_drafts=recipe.mtp_drafts, bias_rate=rate, kernels=KERNELS
+    )
     state = create_state(model, optimizer)
     start, cpu, tokens = time.perf_counter(), time.process_time(), 0
     with jax.set_mesh(mesh):

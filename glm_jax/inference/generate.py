@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterable, Iterator, Sequence
+
+import jax
 
 from glm_jax.inference.acceptance import Acceptance
 from glm_jax.inference.config import Sampling, check_prompts, check_speculative
 from glm_jax.inference.runner import Runner
 from glm_jax.inference.sampling import Sampler
-from glm_jax.inference.speculative import Speculator
+from glm_jax.inference.speculative import Speculator, Taken
 from glm_jax.layers.step import Kernels
 from glm_jax.model import Transformer
 from glm_jax.sharding.distributed import to_host
@@ -115,30 +118,38 @@ def bucket(length: int, limit: int) -> int:
 def _decode(
     runner: Runner, prompts: list[list[int]], sampling: Sampling, steps_per_call: int
 ) -> Iterator[tuple[list[list[int]], Acceptance]]:
-    """Prefill, then calls of several decode steps."""
+    """Prefill, then calls of decode steps."""
     sampler, nothing = Sampler.create(sampling), Acceptance.none(0)
     sequences = [_Sequence(sampling) for _ in prompts]
     state = runner.prefill(prompts, sampler, **_lengths(runner.model, prompts, sampling))
     yield [s.take([token]) for s, token in zip(sequences, to_host(state.tokens), strict=True)], nothing
-    while any(sequence.left for sequence in sequences):
-        steps = runner.steps_within(max(sequence.left for sequence in sequences), steps_per_call)
-        state, tokens = runner.decode(state, sampler, steps=steps)
+    steps = steps_per_call if runner.pace.fused else 1
+    in_flight: collections.deque[list[jax.Array]] = collections.deque()
+    while left := max(sequence.left for sequence in sequences):
+        while len(in_flight) < runner.pace.in_flight and len(in_flight) * steps < left:
+            state, started = runner.start(state, sampler, steps=steps)
+            in_flight.append(started)
+        tokens = runner.fetch(in_flight.popleft())
         yield [sequence.take(tokens[:, row]) for row, sequence in enumerate(sequences)], nothing
 
 
 def _speculate(
     speculator: Speculator, prompts: list[list[int]], sampling: Sampling, steps_per_call: int
 ) -> Iterator[tuple[list[list[int]], Acceptance]]:
-    """Prefill, then calls of several rounds that together give at most about `steps_per_call` tokens a sequence."""
+    """Prefill, then calls of rounds, of several where these are one program: about `steps_per_call` tokens at most."""
     drafts = speculator.drafts
     sequences = [_Sequence(sampling) for _ in prompts]
     state = speculator.prefill(prompts, **_lengths(speculator.model, prompts, sampling))
     first = to_host(state.tokens)
     yield [s.take([token]) for s, token in zip(sequences, first, strict=True)], Acceptance.none(drafts)
-    while any(sequence.left for sequence in sequences):
-        longest = max(sequence.left for sequence in sequences)
-        rounds = speculator.rounds_within(longest, -(-steps_per_call // (drafts + 1)))
-        state, chosen, accepted = speculator.decode(state, rounds=rounds)
+    rounds = -(-steps_per_call // (drafts + 1)) if speculator.pace.fused else 1
+    in_flight: collections.deque[list[Taken]] = collections.deque()
+    while left := max(sequence.left for sequence in sequences):
+        # Those on their way count for all that they can give: most do.
+        while len(in_flight) < speculator.pace.in_flight and len(in_flight) * rounds * (drafts + 1) < left:
+            state, started = speculator.start(state, rounds=rounds)
+            in_flight.append(started)
+        chosen, accepted = speculator.fetch(in_flight.popleft())
         new: list[list[int]] = [[] for _ in sequences]
         acceptance = Acceptance.none(drafts)
         for row, sequence in enumerate(sequences):

@@ -9,18 +9,22 @@ programs the flat list, so that a decode step does not walk the tree.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from glm_jax.inference.sampling import Sampler
 from glm_jax.layers.step import Kernels
 from glm_jax.model import Cache, Transformer, abstract_cache, create_cache
 from glm_jax.sharding import batch_sharding, take_position
 from glm_jax.sharding.distributed import to_devices, to_host
+
+CPU_IN_FLIGHT = 4  # single steps: enough to hide what happens between them
 
 
 class DecodeState(NamedTuple):
@@ -45,8 +49,7 @@ class Runner:
         self.mesh = model.mesh
         self._leaves, structure = jax.tree.flatten(model)
         self._programs = _programs(structure, kernels or Kernels())
-        # On CPU a loop around the steps makes XLA run their parts one after the other; elsewhere it saves dispatches.
-        self._steps_fused = self.mesh.devices.flat[0].platform != "cpu"
+        self.pace = Pace.of(self.mesh)
 
     def prefill(self, prompts: list[list[int]], sampler: Sampler, *, padded_length: int, room: int) -> DecodeState:
         """Run prompts, padded to a common length, into a new cache of `room` rows and choose their first tokens."""
@@ -57,16 +60,24 @@ class Runner:
 
     def decode(self, state: DecodeState, sampler: Sampler, *, steps: int) -> tuple[DecodeState, np.ndarray]:
         """Take `steps` decode steps; returns the new state and the new tokens int32 [steps, B]. Donates the state."""
+        state, tokens = self.start(state, sampler, steps=steps)
+        return state, self.fetch(tokens)
+
+    def start(self, state: DecodeState, sampler: Sampler, *, steps: int) -> tuple[DecodeState, list[jax.Array]]:
+        """As `decode`, but without waiting for the tokens: `fetch` makes them an array."""
         with jax.set_mesh(self.mesh):
-            if self._steps_fused:
-                state, tokens = self._programs.decode(self._leaves, *state, sampler, steps)
-                return DecodeState(*state), to_host(tokens)
+            if self.pace.fused:
+                after, tokens = self._programs.decode(self._leaves, *state, sampler, steps)
+                return DecodeState(*after), [tokens]
             taken = []
             for _ in range(steps):
-                cache, tokens, positions = self._programs.decode_one(self._leaves, *state, sampler)
-                state = DecodeState(cache, tokens, positions)
-                taken.append(tokens)
-            return state, np.stack([to_host(tokens) for tokens in taken])
+                state = DecodeState(*self._programs.decode_one(self._leaves, *state, sampler))
+                taken.append(state.tokens)
+            return state, taken
+
+    def fetch(self, tokens: list[jax.Array]) -> np.ndarray:
+        """The tokens of steps that were started, int32 [steps, B]."""
+        return np.concatenate([np.atleast_2d(to_host(each)) for each in tokens])
 
     def lower_prefill(self, batch: int, sampler: Sampler, *, padded_length: int, room: int) -> Any:
         """What `prefill` compiles for so many prompts, lowered; the model may be abstract."""
@@ -80,13 +91,29 @@ class Runner:
         _, each = abstract_prompts(self.model, batch, room)
         with jax.set_mesh(self.mesh):
             cache = abstract_cache(self.model, batch, room)
-            if self._steps_fused:
+            if self.pace.fused:
                 return self._programs.decode.lower(self._leaves, cache, each, each, sampler, steps)
             return self._programs.decode_one.lower(self._leaves, cache, each, each, sampler)
 
-    def steps_within(self, left: int, steps: int) -> int:
-        """At most `steps`, and no more than the `left` tokens need, where another number is no other compilation."""
-        return steps if self._steps_fused else min(steps, left)
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """How a platform takes many steps.
+
+    Attributes:
+        fused: several steps are one program. On a CPU a loop around them would make XLA run their parts one after the
+            other; elsewhere it saves dispatches.
+        in_flight: calls that are on their way while the results of the first are looked at. What runs on behind a stop
+            token is wasted, so that calls of many steps go one at a time.
+    """
+
+    fused: bool
+    in_flight: int
+
+    @classmethod
+    def of(cls, mesh: Mesh) -> Pace:
+        """What suits a mesh's platform."""
+        return cls(False, CPU_IN_FLIGHT) if mesh.devices.flat[0].platform == "cpu" else cls(True, 1)
 
 
 def abstract_prompts(model: Transformer, batch: int, length: int) -> tuple[Any, Any]:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glm_jax.inference.runner import place_prompts
+from glm_jax.inference.runner import Pace, place_prompts
 from glm_jax.layers.step import Kernels
 from glm_jax.model import Cache, Transformer, create_cache
 from glm_jax.sharding import take_position, whole
@@ -43,6 +43,9 @@ class SpeculativeState(NamedTuple):
     drafts: jax.Array
 
 
+Taken = tuple[jax.Array, jax.Array]  # what rounds chose, and how many drafts they accepted
+
+
 class Speculator:
     """Runs the compiled programs of speculation with `drafts` drafts a round, beside `Runner` for plain decoding."""
 
@@ -58,8 +61,8 @@ class Speculator:
         self.mesh = model.mesh
         self._leaves, structure = jax.tree.flatten(model)
         self._programs = _programs(structure, kernels or Kernels(), drafts)
-        # As for the runner's steps: on CPU a loop around the rounds would run their parts one after the other.
-        self._fused = self.mesh.devices.flat[0].platform != "cpu" if fused is None else fused
+        pace = Pace.of(self.mesh)
+        self.pace = pace if fused is None else dataclasses.replace(pace, fused=fused)
 
     def prefill(self, prompts: list[list[int]], *, padded_length: int, room: int) -> SpeculativeState:
         """Run prompts, padded to a common length, into a new cache of `room` rows; choose and draft their tokens."""
@@ -75,22 +78,29 @@ class Speculator:
             The new state, the tokens that the main model chose, int32 [rounds, B, k + 1], and how many of the drafts
             it accepted, int32 [rounds, B]: with a drafts accepted, the first a + 1 tokens of a row are new ones.
         """
+        state, taken = self.start(state, rounds=rounds)
+        return state, *self.fetch(taken)
+
+    def start(self, state: SpeculativeState, *, rounds: int) -> tuple[SpeculativeState, list[Taken]]:
+        """As `decode`, but without waiting for the tokens: `fetch` makes them arrays."""
         with jax.set_mesh(self.mesh):
-            if self._fused:
+            if self.pace.fused:
                 after, chosen, accepted = self._programs.decode(self._leaves, *state, rounds)
-                return SpeculativeState(*after), to_host(chosen), to_host(accepted)
+                return SpeculativeState(*after), [(chosen, accepted)]
             taken = []
             for _ in range(rounds):
                 after, chosen, accepted = self._programs.round(self._leaves, *state)
                 state = SpeculativeState(*after)
                 taken.append((chosen, accepted))
-            # Fetched at the end, so that the rounds are on their way before the first of them is looked at.
-            fetched = [(to_host(chosen), to_host(accepted)) for chosen, accepted in taken]
-            return state, np.stack([chosen for chosen, _ in fetched]), np.stack([accepted for _, accepted in fetched])
+            return state, taken
 
-    def rounds_within(self, left: int, rounds: int) -> int:
-        """At most `rounds`, and no more than `left` tokens can need, where another number is no other compilation."""
-        return rounds if self._fused else min(rounds, -(-left // (self.drafts + 1)))
+    def fetch(self, taken: list[Taken]) -> tuple[np.ndarray, np.ndarray]:
+        """What rounds that were started chose, int32 [rounds, B, k + 1], and accepted, int32 [rounds, B]."""
+        each = [(to_host(chosen), to_host(accepted)) for chosen, accepted in taken]
+        return (
+            np.concatenate([chosen.reshape(-1, *chosen.shape[-2:]) for chosen, _ in each]),
+            np.concatenate([np.atleast_2d(accepted) for _, accepted in each]),
+        )
 
 
 class _Programs(NamedTuple):

@@ -44,7 +44,7 @@ from glm_jax.sharding import (
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["logits", "hidden", "mtp_logits", "expert_ids", "mtp_expert_ids"],
+    data_fields=["logits", "hidden", "mtp_logits", "mtp_hidden", "expert_ids", "mtp_expert_ids"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Output:
         logits: float32 [B, T, V].
         hidden: [B, T, D], after the final norm.
         mtp_logits: float32 [B, T - 1, V], row t predicting token t + 2; None unless asked for.
+        mtp_hidden: [B, T - 1, D], what these are made of: the MTP layer's output, normalised for the head.
         expert_ids: the experts that each MoE layer chose, int32 [L, B, T, K]; None unless asked for.
         mtp_expert_ids: those of the MTP layer, int32 [B, T - 1, K].
     """
@@ -62,6 +63,7 @@ class Output:
     logits: jax.Array
     hidden: jax.Array
     mtp_logits: jax.Array | None
+    mtp_hidden: jax.Array | None = None
     expert_ids: jax.Array | None = None
     mtp_expert_ids: jax.Array | None = None
 
@@ -208,7 +210,7 @@ def forward(
     positions = jnp.zeros_like(tokens) + jnp.arange(tokens.shape[1], dtype=jnp.int32)
     hidden, _, ids = model.hidden_states(tokens, step=model.step(positions, fresh=True, kernels=kernels, remat=remat))
     logits = model.logits(hidden)
-    mtp_logits = logits[:, :0] if mtp else None
+    mtp_logits, mtp_hidden = (logits[:, :0], hidden[:, :0]) if mtp else (None, None)
     mtp_ids: jax.Array | None = None
     if mtp and tokens.shape[1] > 1:
         assert model.mtp is not None
@@ -219,14 +221,14 @@ def forward(
             following, hidden_before, positions = tokens[:, 1:], hidden[:, :-1], positions[:, :-1]
         step = model.step(positions, fresh=True, kernels=kernels, remat=remat)
         before = hidden if split else hidden_before
-        next_hidden, mtp_ids = _run_mtp(model, model.embedding(following), before, step)
-        mtp_logits = model.logits(next_hidden)
+        mtp_hidden, mtp_ids = run_mtp(model, model.embedding(following), before, step)
+        mtp_logits = model.logits(mtp_hidden)
         if split and not keep_rows:
-            mtp_logits, mtp_ids = (whole(rows, 1)[:, :-1] for rows in (mtp_logits, mtp_ids))
-    return Output(logits, hidden, mtp_logits, ids if routing else None, mtp_ids if routing else None)
+            mtp_logits, mtp_hidden, mtp_ids = (whole(rows, 1)[:, :-1] for rows in (mtp_logits, mtp_hidden, mtp_ids))
+    return Output(logits, hidden, mtp_logits, mtp_hidden, *((ids, mtp_ids) if routing else (None, None)))
 
 
-def _run_mtp(model: Transformer, embedded: jax.Array, hidden: jax.Array, step: Step) -> tuple[jax.Array, Any]:
+def run_mtp(model: Transformer, embedded: jax.Array, hidden: jax.Array, step: Step) -> tuple[jax.Array, Any]:
     """The MTP layer over whole sequences, its hidden states and the experts chosen."""
 
     def run(mtp: Any, embedded: jax.Array, hidden: jax.Array) -> tuple[jax.Array, Any]:

@@ -28,9 +28,9 @@ class LossMetrics:
     Attributes:
         loss: what is minimised, `next_token + mtp_weight * mtp`.
         next_token: mean cross entropy of the decoder, in nats.
-        mtp: mean cross entropy of the MTP layer; 0 without one.
+        mtp: mean cross entropy of the MTP layer, over its drafts; 0 without one.
         accuracy: share of the learnt tokens that the decoder's argmax has right.
-        mtp_accuracy: the same of the MTP layer, over the learnt tokens it can predict.
+        mtp_accuracy: the same of the MTP layer's first draft, over the learnt tokens it can predict.
         tokens: number of learnt tokens.
     """
 
@@ -49,17 +49,21 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
 
 
-def language_model_loss(output: Output, batch: Batch, *, mtp_weight: float) -> LossMetrics:
+def language_model_loss(
+    output: Output, batch: Batch, *, mtp_weight: float, chained: tuple[jax.Array, ...] = ()
+) -> LossMetrics:
     """The loss of a forward pass: the decoder's plus `mtp_weight` times the MTP layer's (if that ran).
 
-    Row t of the logits is held against token t + 1, row t of the MTP logits against token t + 2 (DeepSeek-V3, arXiv
-    2412.19437, equations 24 and 25, with one depth).
+    Row t of the logits is held against token t + 1, row t of the MTP logits against token t + 2, and of each further
+    draft (`chain.chained_logits`) against one token later; the MTP layer's is the mean over its drafts (DeepSeek-V3,
+    arXiv 2412.19437, equations 24 and 25).
     """
     next_token, accuracy, tokens = _mean_loss(output.logits, batch, shift=1)
     if output.mtp_logits is None:
         zero = jnp.zeros_like(next_token)
         return LossMetrics(next_token, next_token, zero, accuracy, zero, tokens)
-    mtp, mtp_accuracy, _ = _mean_loss(output.mtp_logits, batch, shift=2)
+    drafts = [_mean_loss(rows, batch, shift=shift) for shift, rows in enumerate((output.mtp_logits, *chained), 2)]
+    mtp, mtp_accuracy = jnp.mean(jnp.stack([loss for loss, _, _ in drafts])), drafts[0][1]
     return LossMetrics(next_token + mtp_weight * mtp, next_token, mtp, accuracy, mtp_accuracy, tokens)
 
 

@@ -22,6 +22,7 @@ from glm_jax.model.transformer import forward
 from glm_jax.sharding import QuantizedArray, map_weights, weights_by_name
 from glm_jax.training.balance import expert_loads, imbalance, move_biases
 from glm_jax.training.batch import Batch
+from glm_jax.training.chain import chained_logits
 from glm_jax.training.loss import LossMetrics, language_model_loss
 
 
@@ -80,6 +81,7 @@ def build_step(
     optimizer: optax.GradientTransformation,
     *,
     mtp_weight: float = 0.3,
+    mtp_drafts: int = 1,
     bias_rate: optax.Schedule | float = 0.001,
     kernels: Kernels | None = None,
     remat: bool = True,
@@ -89,17 +91,26 @@ def build_step(
     Args:
         optimizer: a transform of dicts by weight name (`optimizer.build_optimizer`).
         mtp_weight: of the MTP layer's loss; 0 leaves the layer out.
+        mtp_drafts: tokens that the MTP layer learns to draft one after the other, from its own outputs after the first.
+            Each costs a pass of the layer and the head.
         bias_rate: of the routers' biases a step, a number or a schedule.
         kernels: named implementations, by default the platform's.
         remat: keep only the input of each layer for the backward pass, and compute the rest anew.
+
+    Raises:
+        InputError: `mtp_drafts` is below 1; at the first step, it is above 1 and sequences are split over devices.
     """
     kernels = kernels or Kernels()
+    if mtp_drafts < 1:
+        raise InputError(f"mtp_drafts must be at least 1, not {mtp_drafts}; mtp_weight 0 leaves the MTP layer out")
 
     def loss(model: Transformer, batch: Batch) -> tuple[jax.Array, tuple[LossMetrics, dict[str, jax.Array]]]:
         mtp = model.mtp is not None and mtp_weight > 0
         tokens = jnp.asarray(batch.tokens)
         output = forward(model, tokens, mtp=mtp, kernels=kernels, routing=True, remat=remat, keep_rows=True)
-        metrics = language_model_loss(output, batch, mtp_weight=mtp_weight)
+        drafts = mtp_drafts if mtp else 1
+        chained = chained_logits(model, tokens, output, drafts=drafts, kernels=kernels, remat=remat)
+        metrics = language_model_loss(output, batch, mtp_weight=mtp_weight, chained=chained)
         return metrics.loss, (metrics, expert_loads(output, batch, experts=model.config.moe.num_experts))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:

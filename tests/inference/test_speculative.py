@@ -12,8 +12,7 @@ import pytest
 import glm_jax
 from glm_jax import InputError, Transformer
 from glm_jax.inference import Acceptance, Sampling, stream
-from glm_jax.inference.runner import Runner
-from glm_jax.inference.sampling import Sampler
+from glm_jax.inference.runner import CPU_IN_FLIGHT, Runner
 from glm_jax.inference.speculative import Speculator
 from glm_jax.layers.step import Kernels
 from glm_jax.model import create_cache
@@ -186,7 +185,6 @@ def test_one_program_for_all_rounds_does_what_one_for_each_does(directory, one_d
         state, chosen, accepted = speculator.decode(state, rounds=4)
         state, *more = speculator.decode(state, rounds=4)
         results.append((chosen, accepted, *more, *map(np.asarray, (state.tokens, state.positions, state.drafts))))
-        assert speculator.rounds_within(4, 5) == (5 if fused else 2)
     for one, other in zip(*results, strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -238,19 +236,23 @@ def test_generation_on_many_devices(directory, one_device, mesh_of_sizes):
     assert new == plain
 
 
-def test_plain_decoding_takes_no_steps_beyond_the_last_token(directory, one_device, monkeypatch):
-    """Where the number of steps is no part of the program."""
-    taken = []
-    decode = Runner.decode
+def test_few_steps_are_taken_beyond_the_last_token(directory, one_device, monkeypatch):
+    """None where the number of tokens ends it; behind a stop token those that were on their way."""
+    started: list[int] = []
 
-    def counted(self: Runner, state: Any, sampler: Sampler, *, steps: int) -> Any:
-        taken.append(steps)
-        return decode(self, state, sampler, steps=steps)
+    def counted(self: Runner, *args: Any, steps: int) -> Any:
+        started.append(steps)
+        return start(self, *args, steps=steps)
 
-    monkeypatch.setattr(Runner, "decode", counted)
+    start = Runner.start
+    monkeypatch.setattr(Runner, "start", counted)
     model = glm_jax.load(directory["glm4_moe"], mesh=one_device)
-    run(model, UNEQUAL, max_new_tokens=NEW)
-    assert taken == [16, NEW - 1 - 16]
+    (tokens,), _ = run(model, UNEQUAL[:1], max_new_tokens=NEW)
+    assert sum(started) == NEW - 1
+    last = next(i for i in range(3, NEW) if tokens[i] not in tokens[:i])  # a token that comes late the first time
+    started.clear()
+    assert run(model, UNEQUAL[:1], max_new_tokens=NEW, stop=(tokens[last],))[0] == [tokens[: last + 1]]
+    assert last <= sum(started) < last + CPU_IN_FLIGHT
 
 
 # --- the count of the drafts ----------------------------------------------------------------------------------------

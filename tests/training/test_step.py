@@ -82,7 +82,9 @@ def test_what_pads_a_row_changes_nothing(one_device, on_one_device):
 def test_loads_count_the_real_tokens():
     ids = np.random.default_rng(0).integers(0, 8, (3, 8, 16, 2))
     zeros = jnp.zeros((8, 16, 4))
-    loads = expert_loads(Output(zeros, zeros, None, jnp.asarray(ids), jnp.asarray(ids[0, :, 1:])), BATCH, experts=8)
+    loads = expert_loads(
+        Output(zeros, zeros, None, None, jnp.asarray(ids), jnp.asarray(ids[0, :, 1:])), BATCH, experts=8
+    )
     for layer in range(3):
         np.testing.assert_array_equal(loads["moe"][layer], np.bincount(ids[layer][REAL].reshape(-1), minlength=8))
     np.testing.assert_array_equal(loads["mtp"], np.bincount(ids[0, :, 1:][REAL[:, 1:]].reshape(-1), minlength=8))
