@@ -1,7 +1,8 @@
 """Projections by weights in Hugging Face's orientation [out, in], with the arithmetic said out loud.
 
 Weights keep their heads apart ([N, H, D]); the product itself is of matrices, because a product with a weight of more
-dimensions makes XLA's CPU backend transpose the weight at every call.
+dimensions makes XLA's CPU backend transpose the weight at every call. On a TPU it is of the weight as it is: flattened,
+one that is a slice of the stack of layers would be cut out as a copy first.
 
 A float32 run is float32: TPUs would round the operands of a default-precision dot to bfloat16, and GPUs to TF32.
 """
@@ -36,6 +37,8 @@ from glm_jax.sharding import (
     spread_outputs,
 )
 
+_LABELS = "nhk"  # of the einsum, for the dimensions that a weight has beside those of matrices
+
 
 def precision_of(dtype: Any) -> lax.Precision:
     """The precision of a dot over operands of `dtype`: full for float32, the hardware's own for anything smaller."""
@@ -54,6 +57,9 @@ def project(x: jax.Array, weight: WeightArray) -> jax.Array:
     if isinstance(weight, QuantizedArray) or few_rows(x):
         return local_call(_project_local, x, weight, layout=_outputs(x, weight))
     outputs, inputs = weight.shape[:-1], weight.shape[-1]
+    if platform() == "tpu":
+        labels = _LABELS[: len(outputs)]
+        return jnp.einsum(f"btd,{labels}d->bt{labels}", x, weight, precision=precision_of(x.dtype))
     matrix = reshape(weight, (math.prod(outputs), inputs), layout=(0, len(outputs)))
     y = jnp.einsum("btd,od->bto", x, matrix, precision=precision_of(x.dtype))
     return reshape(y, (*x.shape[:2], *outputs), layout=(0, 1, 2, *(None for _ in outputs[1:])))
@@ -95,6 +101,9 @@ def project_reduce(x: jax.Array, weight: WeightArray) -> jax.Array:
         values = weight.values if isinstance(weight, QuantizedArray) else weight
         layout, over = ((x, 0), (x, 1), (values, 0)), axes_of(values, 1)
         return local_sum(_reduce_local, x, weight, layout=layout, over=over)
+    if platform() == "tpu":
+        labels = _LABELS[: weight.ndim - 1]
+        return einsum_reduce(f"bt{labels},d{labels}->btd", x, weight, precision=precision_of(x.dtype))
     inputs = math.prod(weight.shape[1:])
     x = reshape(x, (*x.shape[:2], inputs), layout=(0, 1, 2))
     matrix = reshape(weight, (weight.shape[0], inputs), layout=(0, 1))
