@@ -42,7 +42,7 @@ JSON = flags.DEFINE_string("json", None, "also write all times to this file")
 REPEATS = flags.DEFINE_integer("repeats", 7, "rounds over all questions", lower_bound=2)
 MODEL = flags.DEFINE_string("model", str(ROOT / "examples" / "demo_model"), "a checkpoint trained on the demo's tasks")
 
-DRAFTS = (0, 1, 2, 3)
+DRAFTS = (0, 1, 2, 3, 4)
 BATCHES = (1, 8)
 QUESTIONS = {"sum": 8, "cups": 8, "tool": 8, "no_tool": 8, "chat": 8}
 QUICK_QUESTIONS = {"sum": 8, "cups": 8}

@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -35,6 +35,8 @@ from glm_jax.training import (
     Batch,
     OptimizerConfig,
     StepMetrics,
+    TrainState,
+    TrainStep,
     build_optimizer,
     build_step,
     create_state,
@@ -88,6 +90,8 @@ class Recipe:
         shares: of the tasks. Tool prompts are long and soon learnt: fewer of them than `demo_tasks.SHARES`.
         evaluate_every: steps between two looks at the accuracies.
         seed: of the weights and the samples.
+        drafts: tokens that the MTP layer then learns to draft one after the other, the rest of the model being done.
+        draft_steps: of that.
     """
 
     steps: int = 1400
@@ -99,9 +103,12 @@ class Recipe:
     muon_rate: float = 0.012
     adam_rate: float = 3e-3
     mtp_weight: float = 0.3
-    mtp_drafts: int = 3
     bias_rate: float = 0.003
     seed: int = 45
+    drafts: int = 8
+    draft_steps: int = 600
+    draft_muon_rate: float = 0.006
+    draft_adam_rate: float = 1.5e-3
 
 
 def batches(recipe: Recipe, tokenizer: Tokenizer, template: ChatTemplate) -> Iterator[Batch]:
@@ -118,6 +125,11 @@ def batches(recipe: Recipe, tokenizer: Tokenizer, template: ChatTemplate) -> Ite
 
 def train(recipe: Recipe, tokenizer: Tokenizer, template: ChatTemplate) -> tuple[Transformer, dict[str, float]]:
     """Returns the trained model in float32, and the seconds and tokens that it took."""
+
+    def look(number: int, model: Transformer) -> None:
+        if number % recipe.evaluate_every == 0 and number < recipe.steps:
+            demo_eval.glance(model, tokenizer, template, kernels=KERNELS)
+
     mesh = make_mesh(devices=jax.devices()[:1])
     model = Transformer.create(CONFIG, mesh=mesh, seed=recipe.seed, dtype=jnp.float32, stacked=True)
     print(f"{sum(w.get_raw_value().size for w in weights_by_name(model).values()):,} parameters", flush=True)
@@ -131,20 +143,48 @@ def train(recipe: Recipe, tokenizer: Tokenizer, template: ChatTemplate) -> tuple
     )
     optimizer = build_optimizer(model, config)
     rate = optax.piecewise_constant_schedule(recipe.bias_rate, {int(0.8 * recipe.steps): 0.0})
-    step = build_step(
-        optimizer, mtp_weight=recipe.mtp_weight, mtp_drafts=recipe.mtp_drafts, bias_rate=rate, kernels=KERNELS
-    )
+    step = build_step(optimizer, mtp_weight=recipe.mtp_weight, bias_rate=rate, kernels=KERNELS)
     state = create_state(model, optimizer)
-    start, cpu, tokens = time.perf_counter(), time.process_time(), 0
+    return _run(step, state, itertools.islice(batches(recipe, tokenizer, template), recipe.steps), look)
+
+
+def learn_to_draft(model: Transformer, recipe: Recipe, data: Iterator[Batch]) -> tuple[Transformer, dict[str, float]]:
+    """Teaches the MTP layer of a trained float32 model to draft several tokens; nothing else of it changes."""
+    config = OptimizerConfig(
+        muon_rate=recipe.draft_muon_rate,
+        adam_rate=recipe.draft_adam_rate,
+        steps=recipe.draft_steps,
+        warmup_steps=min(20, recipe.draft_steps // 4),
+        final_fraction=0.02,
+        adam_weights=("router.weight",),
+        trained="mtp.",
+    )
+    optimizer = build_optimizer(model, config)
+    step = build_step(
+        optimizer,
+        mtp_weight=1.0,
+        mtp_drafts=recipe.drafts,
+        bias_rate=0.0,
+        kernels=KERNELS,
+        trained=config.trained,
+    )
+    return _run(step, create_state(model, optimizer), itertools.islice(data, recipe.draft_steps))
+
+
+def _run(
+    step: TrainStep, state: TrainState, data: Iterator[Batch], look: Callable[[int, Transformer], None] | None = None
+) -> tuple[Transformer, dict[str, float]]:
+    """Takes a step on each batch; returns the model, and the seconds and tokens that it took."""
+    start, cpu, tokens, mesh = time.perf_counter(), time.process_time(), 0, state.model.mesh
     with jax.set_mesh(mesh):
-        for number, batch in enumerate(itertools.islice(batches(recipe, tokenizer, template), recipe.steps), 1):
+        for number, batch in enumerate(data, 1):
             state, metrics = step(state, place(batch, mesh))
             tokens += int(np.sum(batch.real))
-            if number % 20 == 0 or number == recipe.steps:
+            if number % 20 == 0:
                 spent = f"{time.perf_counter() - start:.0f} s, {time.process_time() - cpu:.0f} CPU s"
-                print(f"step {number}/{recipe.steps}  {_describe(metrics)}  {tokens:,} tokens, {spent}", flush=True)
-            if number % recipe.evaluate_every == 0 and number < recipe.steps:
-                demo_eval.glance(state.model, tokenizer, template, kernels=KERNELS)
+                print(f"step {number}  {_describe(metrics)}  {tokens:,} tokens, {spent}", flush=True)
+            if look is not None:
+                look(number, state.model)
     cost = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu, "tokens": tokens}
     return state.model, cost
 
@@ -178,20 +218,30 @@ def build(directory: Path, recipe: Recipe, *, samples: int = 200) -> None:
     demo_tokenizer.build(directory)
     tokenizer, template = load_tokenizer(directory), ChatTemplate.load(directory)
     model, cost = train(recipe, tokenizer, template)
-    (directory / "model.safetensors").unlink(missing_ok=True)
-    write_weights(model, directory)
-    shipped = load(directory, mesh=model.mesh, dtype=jnp.float32, stacked=True)
+    # The weights are rounded before the drafts are learnt, so that they are learnt of the model that is shipped.
+    rounded = _write_and_load(model, directory)
+    data = batches(dataclasses.replace(recipe, seed=recipe.seed + 1), tokenizer, template)
+    model, more = learn_to_draft(rounded, recipe, data)
+    cost = {key: value + more[key] for key, value in cost.items()}
+    shipped = _write_and_load(model, directory)
     scores = demo_eval.score(shipped, tokenizer, template, samples=samples)
     table = demo_eval.table(scores)
     print(table, flush=True)
     (directory / "README.md").write_text(_readme(recipe, cost, table), encoding="utf-8")
 
 
+def _write_and_load(model: Transformer, directory: Path) -> Transformer:
+    """The model as it is written: rounded to bfloat16, in float32."""
+    (directory / "model.safetensors").unlink(missing_ok=True)
+    write_weights(model, directory)
+    return load(directory, mesh=model.mesh, dtype=jnp.float32, stacked=True)
+
+
 def _readme(recipe: Recipe, cost: dict[str, float], table: str) -> str:
     total = sum(int(np.prod(slot.shape)) for slot in canonical_slots(CONFIG).values())
     moe = CONFIG.moe
     made = (
-        f"{recipe.steps} steps, {cost['tokens']:,.0f} tokens, seed {recipe.seed}, "
+        f"{recipe.steps} and {recipe.draft_steps} steps, {cost['tokens']:,.0f} tokens, seed {recipe.seed}, "
         f"{cost['cpu_seconds']:.0f} CPU seconds with compiling."
     )
     return f"""# The demo model
@@ -224,7 +274,8 @@ The data are the seeded conversations of `scripts/demo_tasks.py` and nothing els
 `scripts/demo_tokenizer.py`. Training ran in float32: Muon (peak rate {recipe.muon_rate}) for matrices, AdamW
 ({recipe.adam_rate}) for embedding, head, routers, norms and biases; the MTP layer's loss weighs {recipe.mtp_weight};
 the routers' correction biases balance the experts without a loss ({recipe.bias_rate} a step) and stay float32 in the
-file.
+file. Then, all else being done, the MTP layer learnt to draft {recipe.drafts} tokens one after the other, from its own
+outputs after the first, for {recipe.draft_steps} steps more.
 
 Licence: Apache-2.0, as the repository.
 """

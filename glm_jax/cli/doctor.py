@@ -118,7 +118,7 @@ def chosen_experts(config: ModelConfig) -> dict[str, dict[str, str]]:
     moe = config.moe
     return {
         name: {
-            "decode": choose(name, 1, moe, config.embed_dim, held=moe.num_experts),
+            "decode": choose(name, 1, moe, config.embed_dim, held=moe.num_experts, fresh=False),
             "prefill": choose(name, PREFILL_TOKENS, moe, config.embed_dim, held=moe.num_experts),
         }
         for name in ("cpu", "gpu", "tpu")

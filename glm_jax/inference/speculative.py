@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_jax.inference.runner import Pace, place_prompts
+from glm_jax.inference.sampling import likeliest
 from glm_jax.layers.step import Kernels
 from glm_jax.model import Cache, Transformer, create_cache
 from glm_jax.sharding import take_position, whole
@@ -165,4 +166,4 @@ def _programs(structure: Any, kernels: Kernels, count: int) -> _Programs:
 
 def _likeliest(model: Transformer, hidden: jax.Array) -> jax.Array:
     """The likeliest token int32 [B, T] after each hidden state [B, T, D]."""
-    return jnp.argmax(model.logits(hidden), axis=-1).astype(jnp.int32)
+    return likeliest(model.logits(hidden))

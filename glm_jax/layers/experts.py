@@ -10,6 +10,7 @@ y[t] = sum over k of weights[t, k] * expert[ids[t, k]](x[t]). The E experts are 
     blocks   rows sorted by expert and padded to blocks, each block with its expert's weights gathered: any platform
     ragged   rows sorted by expert, `lax.ragged_dot`: TPU and training (dense and slow on NVIDIA and CPU)
     switch   a loop over the experts hit with a tight product each: CPU
+    single   each choice by itself, without a loop: a CPU's decode of few sequences through small experts
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from glm_jax.configs import MoeConfig
-from glm_jax.layers.experts_switch import switch_experts
+from glm_jax.layers.experts_switch import single_experts, switch_experts
 from glm_jax.layers.linear import precision_of
 from glm_jax.layers.mlp import swiglu
-from glm_jax.layers.quantized import merge_outputs, weight_einsum
+from glm_jax.layers.quantized import MAX_SINGLE_ROWS, merge_outputs, weight_einsum
 from glm_jax.sharding import QuantizedArray, WeightArray, platform
 
 Experts = Callable[..., jax.Array]
 MAX_BLOCK_ROWS = 128
 CACHED_PARAMETERS = 2**19  # 2 MiB of float32
-MAX_SINGLE_TOKENS = 4  # that a CPU takes one by one through all experts: see `layers.linear.few_rows`
+MAX_SINGLE_CHOICES = 16  # of all tokens, that a CPU takes one after the other: each is code of its own
 MAX_DENSE_TOKENS = 512  # of a TPU's decode step, for which grouped products would copy the experts out of the stack
 
 
@@ -39,7 +40,7 @@ def dense_experts(
 ) -> jax.Array:
     """All local experts on all tokens; those not chosen get weight 0. On a CPU a few tokens go one by one."""
     tokens = x_TD.shape[0]
-    if platform() == "cpu" and 1 < tokens <= MAX_SINGLE_TOKENS:
+    if platform() == "cpu" and 1 < tokens <= MAX_SINGLE_ROWS:
         each = ((a[token : token + 1] for a in (x_TD, ids_TK, weights_TK)) for token in range(tokens))
         return jnp.concatenate([dense_experts(*one, gate_up_E2FD=gate_up_E2FD, down_EDF=down_EDF) for one in each])
     precision = precision_of(x_TD.dtype)
@@ -190,19 +191,26 @@ IMPLEMENTATIONS: dict[str, Experts] = {
     "blocks": block_experts,
     "ragged": ragged_experts,
     "switch": switch_experts,
+    "single": single_experts,
 }
 
 
-def choose(platform: str, tokens: int, config: MoeConfig, embed_dim: int, *, held: int) -> str:
+def choose(platform: str, tokens: int, config: MoeConfig, embed_dim: int, *, held: int, fresh: bool = True) -> str:
     """The implementation for a platform (`cpu`, `gpu`, `tpu`), the tokens of a pass, the experts that a device holds.
 
-    CPU and TPU forms are measured and compiled choices (a layer whose experts together fit a CPU's cache is not worth
-    the loops). On GPU a decode batch of as many choices as a device holds experts reads all of these once (`dense`), a
-    smaller one those it chose, and neither copies any; many more rows go by blocks.
+    `fresh` is that of the pass: one that continues sequences has no backward pass. CPU and TPU forms are measured and
+    compiled choices. Of a layer whose experts together fit a CPU's cache, one token decoded goes in a loop, a few
+    choices one after the other, and more tokens through all experts, which is not worth a loop. On GPU a decode batch
+    of as many choices as a device holds experts reads all of these once (`dense`), a smaller one those it chose, and
+    neither copies any; many more rows go by blocks.
     """
     experts, rows = config.num_experts, tokens * config.num_experts_per_token
     if platform == "cpu":
-        return "dense" if 3 * experts * config.expert_width * embed_dim <= CACHED_PARAMETERS else "switch"
+        if 3 * experts * config.expert_width * embed_dim > CACHED_PARAMETERS:
+            return "switch"
+        if tokens == 1 and not fresh:
+            return "switch"
+        return "single" if tokens > MAX_SINGLE_ROWS and rows <= MAX_SINGLE_CHOICES else "dense"
     if platform == "tpu":
         return "dense" if rows <= 4 * experts or tokens <= MAX_DENSE_TOKENS else "ragged"
     if rows < held:

@@ -60,6 +60,21 @@ def switch_experts(
     return run(x_TD, ids_TK, weights_TK, weights).astype(x_TD.dtype)
 
 
+def single_experts(
+    x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, *, gate_up_E2FD: WeightArray, down_EDF: WeightArray
+) -> jax.Array:
+    """As `switch_experts`, each choice of each token one after the other and without a loop: few and small experts."""
+    weights = (merge_outputs(gate_up_E2FD, 1, 2), down_EDF)
+    local = _is_local(ids_TK, down_EDF.shape[0])
+    ids, shares = jnp.where(local, ids_TK, 0), jnp.where(local, weights_TK.astype(jnp.float32), 0.0)
+    rows = []
+    for token in range(x_TD.shape[0]):
+        x = x_TD[token : token + 1]
+        choices = [_expert(_fused_vector, weights, ids[token, k], x) for k in range(ids.shape[1])]
+        rows.append(sum(shares[token, k] * choice for k, choice in enumerate(choices)))
+    return jnp.concatenate(rows).astype(x_TD.dtype)
+
+
 def _one_token(x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, weights: Weights) -> jax.Array:
     """One choice after the other; those of other devices come last and are not computed."""
     local = _is_local(ids_TK, weights[1].shape[0])

@@ -40,7 +40,8 @@ class Moe(nnx.Module):
         routing = self.router(x)
         tokens, config = x.shape[0] * x.shape[1], self.config
         gate_up = self.experts.gate_up[...]
-        name = step.kernels.experts or choose(platform(), tokens, config, x.shape[-1], held=local_size(gate_up, 0))
+        held = local_size(gate_up, 0)
+        name = step.kernels.experts or choose(platform(), tokens, config, x.shape[-1], held=held, fresh=step.fresh)
         routed = run_experts(
             x,
             routing.ids,

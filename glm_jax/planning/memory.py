@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from glm_jax.configs import GqaConfig
-from glm_jax.layers.attention_core import CAUSAL_PARTS, MIN_CAUSAL, QUERY_BLOCK
+from glm_jax.layers.attention_core import QUERY_BLOCK
 from glm_jax.layers.dispatch import GATHER, SLACK, choose_dispatch
 from glm_jax.model import Transformer
 from glm_jax.planning.job import DECODE, TRAIN, Job
@@ -139,8 +139,10 @@ def measure(model: Transformer, job: Job, placement: Placement, optimizer: Optim
         return Bytes(
             weights=weights, cache=cache, gradients=0, optimizer=0, activations=layer + logits, collectives=buffers
         )
-    # Twice a layer: recomputed, and its gradients. The update comes after all of that is gone.
-    backward = 2 * layer + logits + _kept_inputs(job, share)
+    # Twice a layer: recomputed, and its gradients. The update comes after all of that is gone. A TPU's compiler holds
+    # the stack of experts once more, laid out for the loop over the layers.
+    stacks = sum(part.nbytes for part in placement.parts.values() if part.is_experts and part.layers > 1)
+    backward = 2 * layer + logits + _kept_inputs(job, share) + stacks
     return Bytes(
         weights=weights,
         cache=0,
@@ -183,14 +185,10 @@ def _attention(job: Job, placement: Placement, share: Shares) -> int:
     size, config = job.dtype.itemsize, job.config.attention
     heads = config.num_heads // placement.devices(job.rules.mesh_axes("heads"))
     queries = share.tokens // share.batch
-    # The backward pass of a layer keeps what all of its blocks of queries made, and where they saw no key.
-    rows, each = (
-        (queries, SCORE_BYTES + size + 1) if job.kind == TRAIN else (min(queries, QUERY_BLOCK), SCORE_BYTES + size)
-    )
+    # Of one block of queries at a time; in the backward pass their gradients, too, and where they saw no key.
+    each = 2 * (SCORE_BYTES + size) + 1 if job.kind == TRAIN else SCORE_BYTES + size
     keys = job.length // placement.devices(share.cache_axes) if job.kind == DECODE else job.length
-    if job.kind == TRAIN and queries >= MIN_CAUSAL:
-        keys = keys * (CAUSAL_PARTS + 1) // (2 * CAUSAL_PARTS)
-    scores = share.batch * heads * rows * keys * each
+    scores = share.batch * heads * min(queries, QUERY_BLOCK) * keys * each
     projected = share.tokens * heads * 2 * pair_width(job) * size  # queries, keys and values made, results
     return scores + projected
 

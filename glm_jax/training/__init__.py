@@ -6,6 +6,7 @@ from glm_jax.training.batch import Batch, pad_rows, place
 from glm_jax.training.loss import LossMetrics, cross_entropy, language_model_loss
 from glm_jax.training.muon import MatrixAxes, matrix_axes, orthogonalize, scale_by_muon
 from glm_jax.training.optimizer import OptimizerConfig, build_optimizer, schedule
+from glm_jax.training.saving import restore_state, save_state
 from glm_jax.training.step import StepMetrics, TrainState, TrainStep, build_step, create_state
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "orthogonalize",
     "pad_rows",
     "place",
+    "restore_state",
+    "save_state",
     "scale_by_muon",
     "schedule",
 ]

@@ -36,6 +36,7 @@ class OptimizerConfig:
         clip_norm: the gradient is scaled down to this global norm.
         momentum: Muon's.
         adam_betas: AdamW's.
+        trained: the beginning of the names of the weights that move, as `mtp.`; the rest stays as it is.
     """
 
     muon_rate: float = 2.5e-4
@@ -48,6 +49,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     momentum: float = 0.95
     adam_betas: tuple[float, float] = (0.9, 0.95)
+    trained: str = ""
 
 
 def schedule(config: OptimizerConfig) -> optax.Schedule:
@@ -61,7 +63,7 @@ def kinds(model: Any, config: OptimizerConfig) -> dict[str, str]:
     """Which of MUON, ADAM (with decay), PLAIN_ADAM (without) and FROZEN each weight of a model is."""
     found = {}
     for name, weight in weights_by_name(model).items():
-        if is_bias(name):
+        if is_bias(name) or not name.startswith(config.trained):
             found[name] = FROZEN
         elif matrix_axes(weight) is None:
             found[name] = PLAIN_ADAM

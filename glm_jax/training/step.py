@@ -85,6 +85,7 @@ def build_step(
     bias_rate: optax.Schedule | float = 0.001,
     kernels: Kernels | None = None,
     remat: bool = True,
+    trained: str = "",
 ) -> TrainStep:
     """Return the compiled step of a run, to be called under the mesh; it compiles once for each shape of batch.
 
@@ -96,6 +97,7 @@ def build_step(
         bias_rate: of the routers' biases a step, a number or a schedule.
         kernels: named implementations, by default the platform's.
         remat: keep only the input of each layer for the backward pass, and compute the rest anew.
+        trained: as in the optimizer's configuration: no gradients are computed of other weights.
 
     Raises:
         InputError: `mtp_drafts` is below 1; at the first step, it is above 1 and sequences are split over devices.
@@ -104,7 +106,12 @@ def build_step(
     if mtp_drafts < 1:
         raise InputError(f"mtp_drafts must be at least 1, not {mtp_drafts}; mtp_weight 0 leaves the MTP layer out")
 
+    def held(name: str, weight: Any) -> jax.Array:
+        value = weight.get_raw_value()
+        return value if name.startswith(trained) else jax.lax.stop_gradient(value)
+
     def loss(model: Transformer, batch: Batch) -> tuple[jax.Array, tuple[LossMetrics, dict[str, jax.Array]]]:
+        model = map_weights(held, model)
         mtp = model.mtp is not None and mtp_weight > 0
         tokens = jnp.asarray(batch.tokens)
         output = forward(model, tokens, mtp=mtp, kernels=kernels, routing=True, remat=remat, keep_rows=True)

@@ -12,7 +12,8 @@ pytest.importorskip("torch")
 def built(tmp_path_factory):
     directory = tmp_path_factory.mktemp("demo")
     buckets = {demo_tasks.MAX_TOKENS: 2}
-    build_demo.build(directory, build_demo.Recipe(steps=20, buckets=buckets, evaluate_every=100), samples=1)
+    recipe = build_demo.Recipe(steps=20, draft_steps=4, buckets=buckets, evaluate_every=100)
+    build_demo.build(directory, recipe, samples=1)
     return directory
 
 

@@ -7,38 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm_jax import configs
-from glm_jax.layers.step import Kernels
 from glm_jax.model import Output, Transformer
 from glm_jax.sharding import rules_named
-from glm_jax.training import Batch, OptimizerConfig, build_optimizer, build_step, create_state, place
+from glm_jax.training import OptimizerConfig, build_optimizer, create_state
 from glm_jax.training.balance import expert_loads, imbalance, move_biases
 from glm_jax.training.optimizer import ADAM, FROZEN, MUON, PLAIN_ADAM, kinds, schedule
 from glm_jax.training.step import values_by_name
-
-TINY = dataclasses.replace(configs.get("tiny-glm"), num_layers=2)
-OPTIMIZER = OptimizerConfig(muon_rate=0.01, adam_rate=3e-3, steps=20, warmup_steps=1)
-REAL = np.arange(16) < np.array([16, 16, 16, 16, 12, 12, 9, 5])[:, None]
-TOKENS = np.random.default_rng(0).integers(0, 64, (8, 16)).astype(np.int32)
-BATCH = Batch(np.where(REAL, TOKENS, 0).astype(np.int32), REAL, REAL)
-
-
-def build(mesh, rules=None):
-    """A fresh state and the compiled step."""
-    model = Transformer.create(TINY, mesh=mesh, rules=rules, dtype=jnp.float32, stacked=True)
-    optimizer = build_optimizer(model, OPTIMIZER)
-    return create_state(model, optimizer), build_step(optimizer, bias_rate=0.01, kernels=Kernels(experts="dense"))
-
-
-def train(mesh, step, state, *, batch=BATCH, steps=4):
-    """The state after some steps on one batch, and the loss of each."""
-    losses = []
-    with jax.set_mesh(mesh):
-        batch = place(batch, mesh, state.model.rules)
-        for _ in range(steps):
-            state, metrics = step(state, batch)
-            losses.append(float(metrics.loss.loss))
-    return state, losses
+from tests.training.runs import BATCH, OPTIMIZER, REAL, TINY, build, train
 
 
 @pytest.fixture(scope="module")
