@@ -1,4 +1,4 @@
-"""What speculation with the MTP layer gains on a CPU: plain decoding against 1, 2 and 3 drafts a round, interleaved.
+"""What speculation with the MTP layer gains on a CPU: plain decoding against 1 to 4 drafts a round, interleaved.
 
     python benchmarks/speculative.py [--quick] [--json=FILE] [--repeats=N] [--model=DIR]
 
