@@ -15,7 +15,7 @@ from flax import nnx
 
 from glm_jax.configs import MoeConfig
 from glm_jax.layers.linear import project
-from glm_jax.sharding import Constant, Normal, declare
+from glm_jax.sharding import Constant, Normal, declare, local_call, platform
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["ids", "weights", "scores"], meta_fields=[])
@@ -44,11 +44,24 @@ class Router(nnx.Module):
         choice = scores + self.bias[...]
         if config.num_groups > 1:
             choice = _keep_best_groups(choice, config)
-        ids = jax.lax.top_k(choice, config.num_experts_per_token)[1]
+        ids = _best(choice, config.num_experts_per_token)
         weights = jnp.take_along_axis(scores, ids, axis=-1)
         if config.normalize_weights:
             weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
         return Routing(ids, weights * config.routed_scaling, scores)
+
+
+def _best(choice: jax.Array, count: int) -> jax.Array:
+    """The places of the highest of choice [B, T, E], int32 [B, T, count], the highest first."""
+    if platform() != "cpu":
+        return jax.lax.top_k(choice, count)[1]
+
+    def of_rows(choice: jax.Array) -> jax.Array:
+        # Of a matrix XLA's CPU backend takes the best; of more dimensions it sorts every row.
+        return jax.lax.top_k(choice.reshape(-1, choice.shape[-1]), count)[1].reshape(*choice.shape[:-1], count)
+
+    layout = [(choice, dimension) for dimension in range(choice.ndim)]
+    return local_call(of_rows, jax.lax.stop_gradient(choice), layout=layout)
 
 
 def _keep_best_groups(choice: jax.Array, config: MoeConfig) -> jax.Array:
