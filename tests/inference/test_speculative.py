@@ -135,13 +135,15 @@ def test_stop_tokens_anywhere_in_a_round(demo):
         for question in ("What is 3+4-7+1-1?", "Ball under cup 2. Swap 2-3 1-3. Where is the ball?")
     ]
     plain, _ = run(demo, prompts, max_new_tokens=24)
+    total = Acceptance.none(3)
     for stop in set(plain[0] + plain[1]):
         cut = [tokens[: tokens.index(stop) + 1] if stop in tokens else tokens for tokens in plain]
         new, acceptance = run(demo, prompts, max_new_tokens=24, stop=(stop, 511), speculative=3)
         assert new == cut
         # Every token but the first of a sequence is the model's own at the end of a round, or an accepted draft.
         assert sum(map(len, cut)) - len(cut) <= acceptance.rounds + sum(acceptance.accepted)
-    assert acceptance.rates[0] > 0.9
+        total += acceptance
+    assert (total.rates[0] or 0) > 0.9, total
 
 
 @pytest.mark.parametrize(("family", "drafts"), [("glm4_moe", 5), ("deepseek_v3", 1)])

@@ -65,10 +65,6 @@ def test_collectives_are_those_of_the_compiled_program(mesh_of_sizes, preset, si
 
     with jax.set_mesh(mesh):
         found = compiled_collectives(jax.jit(hidden).lower(model, tokens).compile().as_text())
-    # The CPU's top-k has its input whole on every device, one dimension after the other; TPUs and GPUs choose where the
-    # tokens are.
-    whole = BATCH * LENGTH + (0 if len(placing.spec) < 2 or placing.spec[1] is None else BATCH // 2 * LENGTH)
-    found["all-gather"] -= config.num_moe_layers * whole * config.moe.num_experts * 4
     job = Job(config=config, kind="prefill", batch=BATCH, length=LENGTH, weights="float32", rules=rules)
     work, placement = planned(job, sizes)
     expected: Counter[str] = Counter()
