@@ -24,7 +24,7 @@ from glm_jax.inference.runner import Pace, place_prompts
 from glm_jax.inference.sampling import likeliest
 from glm_jax.layers.step import Kernels
 from glm_jax.model import Cache, Transformer, create_cache
-from glm_jax.sharding import take_position, whole
+from glm_jax.sharding import ahead, take_position
 from glm_jax.sharding.distributed import to_host
 
 
@@ -121,7 +121,7 @@ def _programs(structure: Any, kernels: Kernels, count: int) -> _Programs:
         hidden, cache, _ = model.hidden_states(tokens, step=step, cache=cache)
         first = _likeliest(model, take_position(hidden, lengths - 1))
         # The MTP layer sees the tokens shifted by one, the token just chosen after each prompt's last.
-        following = jnp.where(positions == lengths[:, None] - 1, first, jnp.roll(whole(tokens, 1), -1, axis=1))
+        following = jnp.where(positions == lengths[:, None] - 1, first, ahead(tokens, 1))
         drafts, cache = draft(model, step, (following, hidden, lengths - 1), cache)
         return cache, first[:, 0], lengths, drafts
 

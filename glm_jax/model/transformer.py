@@ -29,6 +29,7 @@ from glm_jax.model.decoder_layer import DecoderLayer, MtpLayer
 from glm_jax.sharding import (
     QuantizedArray,
     Rules,
+    ahead,
     axes_of,
     batch_sharding,
     default_mesh,
@@ -216,7 +217,7 @@ def forward(
         assert model.mtp is not None
         split = axes_of(tokens, 1)
         if split:  # a split sequence keeps its length
-            following = jax.sharding.reshard(jnp.roll(whole(tokens, 1), -1, axis=1), jax.typeof(tokens).sharding.spec)
+            following = jax.sharding.reshard(ahead(tokens, 1), jax.typeof(tokens).sharding.spec)
         else:
             following, hidden_before, positions = tokens[:, 1:], hidden[:, :-1], positions[:, :-1]
         step = model.step(positions, fresh=True, kernels=kernels, remat=remat)

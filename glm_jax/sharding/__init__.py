@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from glm_jax.sharding import distributed
 from glm_jax.sharding.activation import (
+    ahead,
     axes_of,
     einsum_reduce,
     gather_weight,
@@ -51,6 +52,7 @@ __all__ = [
     "Rules",
     "Weight",
     "WeightArray",
+    "ahead",
     "apart_axes",
     "axes_of",
     "batch_axes",

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from glm_jax.sharding.quantized import QuantizedArray, WeightArray
@@ -90,6 +91,12 @@ def whole(x: jax.Array, dimension: int) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty or not axes_of(x, dimension):
         return x
     return jax.sharding.reshard(x, spec_of(*(() if i == dimension else axes_of(x, i) for i in range(x.ndim))))
+
+
+def ahead(x: jax.Array | np.ndarray, shift: int) -> jax.Array:
+    """x [B, T] with what stands `shift` further on at each place: zeros at the end, and T whole on each device."""
+    # Not by a roll: jax 0.11 cannot tell the layout of its parts where there is one sequence.
+    return jnp.pad(whole(jnp.asarray(x), 1)[:, shift:], ((0, 0), (0, shift)))
 
 
 def take_position(x: jax.Array, at: jax.Array) -> jax.Array:

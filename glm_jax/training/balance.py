@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from glm_jax.model import Output
-from glm_jax.sharding import map_weights
-from glm_jax.training.batch import Batch, ahead
+from glm_jax.sharding import ahead, map_weights
+from glm_jax.training.batch import Batch
 
 _BIAS = "router.bias"
 _MTP = "mtp"

@@ -6,11 +6,10 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from glm_jax.sharding import Rules, batch_sharding, whole
+from glm_jax.sharding import Rules, batch_sharding
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["tokens", "learnt", "real"], meta_fields=[])
@@ -37,12 +36,6 @@ def pad_rows(rows: list[tuple[np.ndarray, np.ndarray]], length: int) -> Batch:
     for i, (ids, mask) in enumerate(rows):
         tokens[i, : len(ids)], learnt[i, : len(ids)], real[i, : len(ids)] = ids, mask, True
     return Batch(tokens, learnt, real)
-
-
-def ahead(rows: jax.Array | np.ndarray, shift: int) -> jax.Array:
-    """Rows [B, T] with what stands `shift` further on at each place: zeros at the end, and T whole on each device."""
-    rows = whole(jnp.asarray(rows), 1)
-    return jnp.pad(rows[:, shift:], ((0, 0), (0, shift)))
 
 
 def place(batch: Batch, mesh: Mesh, rules: Rules | None = None) -> Batch:

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from glm_jax.model import Output
-from glm_jax.training.batch import Batch, ahead
+from glm_jax.sharding import ahead
+from glm_jax.training.batch import Batch
 
 
 @functools.partial(
