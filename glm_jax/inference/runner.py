@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from glm_jax.inference.sampling import Sampler
+from glm_jax.inference.turned import few_rows_form, turned_weights
 from glm_jax.layers.step import Kernels
 from glm_jax.model import Cache, Transformer, abstract_cache, create_cache
 from glm_jax.sharding import batch_sharding, take_position
@@ -47,7 +48,7 @@ class Runner:
     def __init__(self, model: Transformer, *, kernels: Kernels | None = None) -> None:
         self.model = model
         self.mesh = model.mesh
-        self._leaves, structure = jax.tree.flatten(model)
+        self._leaves, structure = jax.tree.flatten((model, turned_weights(model, kernels)))
         self._programs = _programs(structure, kernels or Kernels())
         self.pace = Pace.of(self.mesh)
 
@@ -118,9 +119,10 @@ class Pace:
 
 def abstract_prompts(model: Transformer, batch: int, length: int) -> tuple[Any, Any]:
     """The shapes and shardings of tokens [B, length] and of one int32 a sequence [B], on a model's mesh."""
-    of_tokens = batch_sharding(batch, model.mesh, model.rules, length=length)
+    mesh, rules = model.mesh, model.rules
+    of_tokens = batch_sharding(batch, mesh, rules, length=length)
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=of_tokens)
-    return tokens, jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=batch_sharding(batch, model.mesh, model.rules))
+    return tokens, jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=batch_sharding(batch, mesh, rules))
 
 
 def place_prompts(model: Transformer, prompts: list[list[int]], padded_length: int) -> tuple[jax.Array, jax.Array]:
@@ -129,9 +131,9 @@ def place_prompts(model: Transformer, prompts: list[list[int]], padded_length: i
     tokens = np.zeros((len(prompts), padded_length), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
-    batch = len(prompts)
-    of_tokens = batch_sharding(batch, model.mesh, model.rules, length=padded_length)
-    return to_devices(tokens, of_tokens), to_devices(lengths, batch_sharding(batch, model.mesh, model.rules))
+    batch, mesh, rules = len(prompts), model.mesh, model.rules
+    of_tokens = batch_sharding(batch, mesh, rules, length=padded_length)
+    return to_devices(tokens, of_tokens), to_devices(lengths, batch_sharding(batch, mesh, rules))
 
 
 class Programs(NamedTuple):
@@ -161,10 +163,10 @@ def _programs(structure: Any, kernels: Kernels) -> Programs:
 
 
 def programs(structure: Any, kernels: Kernels) -> Programs:
-    """The programs of models of one structure, as functions to compile."""
+    """The programs of one structure, that of a model and its weights turned round, as functions to compile."""
 
     def prefill(leaves, tokens, lengths, cache, sampler):
-        model = jax.tree.unflatten(structure, leaves)
+        model, _ = jax.tree.unflatten(structure, leaves)
         positions = jnp.zeros_like(tokens) + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         step = model.step(positions, fresh=True, kernels=kernels)
         hidden, cache, _ = model.hidden_states(tokens, step=step, cache=cache)
@@ -172,7 +174,7 @@ def programs(structure: Any, kernels: Kernels) -> Programs:
         return DecodeState(cache, sampler(model.logits(last)[:, 0], lengths), lengths)
 
     def decode_one(leaves, cache, tokens, positions, sampler):
-        model = jax.tree.unflatten(structure, leaves)
+        model = few_rows_form(*jax.tree.unflatten(structure, leaves), rows=tokens.size)
         step = model.step(positions[:, None], fresh=False, kernels=kernels)
         hidden, cache, _ = model.hidden_states(tokens[:, None], step=step, cache=cache)
         return cache, sampler(model.logits(hidden)[:, 0], positions + 1), positions + 1

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from glm_jax.layers.linear import precision_of
 from glm_jax.sharding import axes_of, local_call, platform, reshape, spec_of
 
-MAX_VECTORS = 16  # queries of a group up to which they are taken one by one on a CPU
+MAX_VECTORS = 4  # queries of a group up to which they are taken one by one on a CPU
 CAUSAL_PARTS = 4  # parts of a prompt that each see the keys up to their end: 5/8 of all pairs are computed
 MIN_CAUSAL = 256  # queries from which that is worth a program of more parts
 QUERY_BLOCK = 512  # rows of scores held at a time: 96 heads x 512 x 8192 keys in float32 are 1.6 GB a sequence

@@ -11,6 +11,7 @@ from glm_jax.layers.linear import few_rows, precision_of, project
 from glm_jax.sharding import (
     Normal,
     QuantizedArray,
+    TurnedArray,
     WeightArray,
     apart_axes,
     declare,
@@ -49,11 +50,13 @@ class Head(nnx.Module):
         self.weight = declare(shape, ("vocab", "embed"), initializer=initializer, bits=True)
 
 
-def logits(x: jax.Array, weight: WeightArray) -> jax.Array:
+def logits(x: jax.Array, weight: WeightArray | TurnedArray) -> jax.Array:
     """Hidden states [B, T, D] and a head or embedding [V, D] -> float32 logits [B, T, V]."""
+    if isinstance(weight, TurnedArray):
+        return project(x, weight)
     values = weight.values if isinstance(weight, QuantizedArray) else weight
     if apart := apart_axes(weight, 1):
         return multiply_apart(logits, x, weight, apart=apart, layout=((x, 0), (x, 1), (values, 0)))
-    if isinstance(weight, QuantizedArray) or (few_rows(x) and x.dtype == jnp.float32):
+    if isinstance(weight, QuantizedArray) or few_rows(x):
         return project(x, weight)
     return jnp.einsum("btd,vd->btv", x, weight, precision=precision_of(x.dtype), preferred_element_type=jnp.float32)

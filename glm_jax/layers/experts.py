@@ -11,6 +11,8 @@ y[t] = sum over k of weights[t, k] * expert[ids[t, k]](x[t]). The E experts are 
     ragged   rows sorted by expert, `lax.ragged_dot`: TPU and training (dense and slow on NVIDIA and CPU)
     switch   a loop over the experts hit with a tight product each: CPU
     single   each choice by itself, without a loop: a CPU's decode of few sequences through small experts
+
+Weights that are turned round have one of their own, `turned_experts`.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from glm_jax.configs import MoeConfig
 from glm_jax.layers.experts_switch import single_experts, switch_experts
 from glm_jax.layers.linear import precision_of
 from glm_jax.layers.mlp import swiglu
-from glm_jax.layers.quantized import MAX_SINGLE_ROWS, merge_outputs, weight_einsum
-from glm_jax.sharding import QuantizedArray, WeightArray, platform
+from glm_jax.layers.quantized import merge_outputs, weight_einsum
+from glm_jax.sharding import QuantizedArray, TurnedArray, WeightArray, platform
 
 Experts = Callable[..., jax.Array]
 MAX_BLOCK_ROWS = 128
@@ -38,21 +40,41 @@ MAX_DENSE_TOKENS = 512  # of a TPU's decode step, for which grouped products wou
 def dense_experts(
     x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, *, gate_up_E2FD: WeightArray, down_EDF: WeightArray
 ) -> jax.Array:
-    """All local experts on all tokens; those not chosen get weight 0. On a CPU a few tokens go one by one."""
-    tokens = x_TD.shape[0]
-    if platform() == "cpu" and 1 < tokens <= MAX_SINGLE_ROWS:
-        each = ((a[token : token + 1] for a in (x_TD, ids_TK, weights_TK)) for token in range(tokens))
-        return jnp.concatenate([dense_experts(*one, gate_up_E2FD=gate_up_E2FD, down_EDF=down_EDF) for one in each])
+    """All local experts on all tokens; those not chosen get weight 0."""
     precision = precision_of(x_TD.dtype)
-    chosen_TKE = ids_TK[:, :, None] == jnp.arange(down_EDF.shape[0])
-    weights_TE = jnp.sum(jnp.where(chosen_TKE, weights_TK[:, :, None], 0.0), axis=1)
-    # Tokens last, as the product makes them: a GPU would write any other order again, as an array of its own.
-    gate_up = weight_einsum("td,ecfd->ecft", x_TD, gate_up_E2FD, precision=precision)
-    hidden = swiglu(gate_up[:, 0], gate_up[:, 1]).swapaxes(1, 2)
-    outputs = weight_einsum("etf,edf->etd", hidden, down_EDF, precision=precision)
+    weights_TE = _weights_of_all(ids_TK, weights_TK, down_EDF.shape[0])
+    # Tokens last, as the product makes them: a GPU would write any other order again, as an array of its own, and a CPU
+    # is kept from making a product of it for which it repacks the weights.
+    gate_up = _as_made(weight_einsum("td,ecfd->ecft", x_TD, gate_up_E2FD, precision=precision))
+    hidden = swiglu(gate_up[:, 0], gate_up[:, 1])
+    if platform() == "cpu":
+        outputs = _as_made(weight_einsum("eft,edf->edt", hidden, down_EDF, precision=precision)).swapaxes(1, 2)
+    else:
+        outputs = weight_einsum("etf,edf->etd", hidden.swapaxes(1, 2), down_EDF, precision=precision)
     return jnp.einsum("etd,te->td", outputs.astype(jnp.float32), weights_TE, precision=lax.Precision.HIGHEST).astype(
         x_TD.dtype
     )
+
+
+def turned_experts(
+    x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, *, gate_up_E2FD: TurnedArray, down_EDF: TurnedArray
+) -> jax.Array:
+    """As `dense_experts`: the second product sums over the experts as well, whose weights are in what it multiplies."""
+    experts, _, width, _ = gate_up_E2FD.shape
+    gate_up = gate_up_E2FD.multiply(x_TD).reshape(-1, experts, 2, width)
+    weights_TE = _weights_of_all(ids_TK, weights_TK.astype(jnp.float32), experts)
+    hidden = swiglu(gate_up[:, :, 0], gate_up[:, :, 1]) * weights_TE[:, :, None]
+    return down_EDF.multiply(hidden.reshape(-1, experts * width)).astype(x_TD.dtype)
+
+
+def _weights_of_all(ids_TK: jax.Array, weights_TK: jax.Array, experts: int) -> jax.Array:
+    """The weight of every local expert for each token, 0 of those not chosen."""
+    chosen_TKE = ids_TK[:, :, None] == jnp.arange(experts)
+    return jnp.sum(jnp.where(chosen_TKE, weights_TK[:, :, None], 0.0), axis=1)
+
+
+def _as_made(product: jax.Array) -> jax.Array:
+    return lax.optimization_barrier(product) if platform() == "cpu" else product
 
 
 def vector_experts(
@@ -206,11 +228,10 @@ def choose(platform: str, tokens: int, config: MoeConfig, embed_dim: int, *, hel
     """
     experts, rows = config.num_experts, tokens * config.num_experts_per_token
     if platform == "cpu":
-        if 3 * experts * config.expert_width * embed_dim > CACHED_PARAMETERS:
+        cached = 3 * experts * config.expert_width * embed_dim <= CACHED_PARAMETERS
+        if not cached or (tokens == 1 and not fresh):
             return "switch"
-        if tokens == 1 and not fresh:
-            return "switch"
-        return "single" if tokens > MAX_SINGLE_ROWS and rows <= MAX_SINGLE_CHOICES else "dense"
+        return "single" if rows <= MAX_SINGLE_CHOICES else "dense"
     if platform == "tpu":
         return "dense" if rows <= 4 * experts or tokens <= MAX_DENSE_TOKENS else "ragged"
     if rows < held:

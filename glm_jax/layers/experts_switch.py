@@ -8,7 +8,7 @@ neighbour, and pays page faults for large temporary arrays. The forms here go ro
     more tokens     experts sorted by how many rows chose them, and one loop for each bucket of row counts. A switch
                     on the bucket inside a single loop would copy the output at every turn.
         few rows    the product as a sum of elementwise products of narrow column strips (`_strips`): fused with the
-                    slice, vectorised, on all cores. Twice as fast as copy and product up to 4 rows.
+                    slice, vectorised, on all cores. Up to twice as fast as copy and product, up to 4 rows.
         many rows   copy and product: the copy is small beside the arithmetic.
 
 The trip counts depend on the routing, so this has no reverse derivative.
@@ -30,8 +30,8 @@ from glm_jax.sharding import QuantizedArray, WeightArray
 Product = Callable[[WeightArray, jax.Array, jax.Array], jax.Array]
 Weights = tuple[WeightArray, WeightArray]
 
-STRIP_ROWS = (2, 4, 8)  # buckets multiplied by strips
-MAX_NARROW_STRIP_ROWS = 4  # of quantised weights and of bfloat16 bits: from there on the copy is small beside the rest
+STRIP_ROWS = (2, 4)  # buckets multiplied by strips; from there on the copy is small beside the rest
+MIN_MANY_ROWS = 8  # the smallest bucket of long prompts, and from which on there is one between two powers of two
 STRIP_WIDTH = 16  # columns of the narrowest strip: one 512-bit register of float32
 MAX_STRIPS = 32  # strips of a product: bounds the code that is compiled; the partial sums are 1/32 of the work
 MIN_STRIP_BYTES = 1 << 18  # an expert's matrix below this stays in the cache, copy and all
@@ -125,8 +125,8 @@ def _buckets(tokens: int, mean: int) -> tuple[int, ...]:
     costs compile time: long prompts, which rarely leave an expert a handful of rows, go without the smallest.
     """
     powers = [1 << i for i in range(1, max(2, tokens).bit_length() + 1)]
-    between = [3 * power // 4 for power in powers if power > STRIP_ROWS[-1] and power >= mean]
-    low = STRIP_ROWS[0] if tokens <= MAX_FEW_TOKENS else STRIP_ROWS[-1]
+    between = [3 * power // 4 for power in powers if power > MIN_MANY_ROWS and power >= mean]
+    low = STRIP_ROWS[0] if tokens <= MAX_FEW_TOKENS else MIN_MANY_ROWS
     sizes = sorted(size for size in {*powers, *between} if size >= low)
     return tuple(sizes[: next(i for i, rows in enumerate(sizes) if rows >= tokens) + 1])
 
@@ -159,11 +159,8 @@ def _copied(weight_EMN: WeightArray, index: jax.Array, x_RN: jax.Array) -> jax.A
 def _strips(weight_EMN: WeightArray, index: jax.Array, x_RN: jax.Array) -> jax.Array:
     """x @ weight[index].T as a sum over strips of columns, then over the columns of a strip."""
     _, outputs, inputs = weight_EMN.shape
-    rows, group = x_RN.shape[0], 1
-    if isinstance(weight_EMN, QuantizedArray):
-        if rows > MAX_NARROW_STRIP_ROWS:
-            return _copied(weight_EMN, index, x_RN)
-        group = weight_EMN.group_size
+    rows = x_RN.shape[0]
+    group = weight_EMN.group_size if isinstance(weight_EMN, QuantizedArray) else 1
     strips = _strip_count(inputs, group)
     if strips == 1 or outputs * inputs * weight_EMN.dtype.itemsize < MIN_STRIP_BYTES:
         return _copied(weight_EMN, index, x_RN)

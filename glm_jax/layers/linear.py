@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from glm_jax.layers.quantized import (
-    MAX_SINGLE_ROWS,
+    MAX_COLUMNS,
     merge_inputs,
     merge_outputs,
     multiply_few_rows,
@@ -25,6 +25,7 @@ from glm_jax.layers.quantized import (
 )
 from glm_jax.sharding import (
     QuantizedArray,
+    TurnedArray,
     WeightArray,
     apart_axes,
     axes_of,
@@ -46,12 +47,14 @@ def precision_of(dtype: Any) -> lax.Precision:
 
 
 def few_rows(x: jax.Array) -> bool:
-    """Whether x [B, T, D] has a few rows on a CPU, which a matrix multiplies faster one by one than together."""
-    return platform() == "cpu" and 1 < x.shape[0] * x.shape[1] <= MAX_SINGLE_ROWS
+    """Whether x [B, T, ...] has so few rows on a CPU that a matrix multiplies them faster as its columns."""
+    return platform() == "cpu" and x.dtype == jnp.float32 and 1 < x.shape[0] * x.shape[1] <= MAX_COLUMNS
 
 
-def project(x: jax.Array, weight: WeightArray) -> jax.Array:
+def project(x: jax.Array, weight: WeightArray | TurnedArray) -> jax.Array:
     """x [B, T, D] by a weight [..., D], its first dimension split or its last one kept apart, or both: [B, T, ...]."""
+    if isinstance(weight, TurnedArray):
+        return local_call(_project_turned, x, weight, layout=_outputs(x, weight))
     if apart := apart_axes(weight, weight.ndim - 1):
         return multiply_apart(project, x, weight, apart=apart, layout=_outputs(x, weight))
     if isinstance(weight, QuantizedArray) or few_rows(x):
@@ -65,10 +68,15 @@ def project(x: jax.Array, weight: WeightArray) -> jax.Array:
     return reshape(y, (*x.shape[:2], *outputs), layout=(0, 1, 2, *(None for _ in outputs[1:])))
 
 
-def _outputs(x: jax.Array, weight: WeightArray) -> list[tuple[jax.Array, int]]:
+def _outputs(x: jax.Array, weight: WeightArray | TurnedArray) -> list[tuple[Any, int]]:
     """Where the dimensions of a projection of x [B, T, D] come from."""
     values = weight.values if isinstance(weight, QuantizedArray) else weight
     return [(x, 0), (x, 1), *((values, dimension) for dimension in range(values.ndim - 1))]
+
+
+def _project_turned(x: jax.Array, weight: TurnedArray) -> jax.Array:
+    """A projection by a weight that is turned round, as it lies."""
+    return weight.multiply(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:2], *weight.shape[:-1])
 
 
 def _project_local(x: jax.Array, weight: WeightArray) -> jax.Array:
@@ -82,9 +90,9 @@ def _project_local(x: jax.Array, weight: WeightArray) -> jax.Array:
     return y.reshape(*x.shape[:2], *outputs)
 
 
-def project_pair(x: jax.Array, weight: WeightArray) -> tuple[jax.Array, jax.Array]:
+def project_pair(x: jax.Array, weight: WeightArray | TurnedArray) -> tuple[jax.Array, jax.Array]:
     """x [B, T, D] by the two matrices of one weight [2, F, D], in one product: two [B, T, F]."""
-    if apart := apart_axes(weight, weight.ndim - 1):
+    if not isinstance(weight, TurnedArray) and (apart := apart_axes(weight, weight.ndim - 1)):
         both = multiply_apart(project, x, weight, apart=apart, layout=_outputs(x, weight))
     else:
         # Local, because both matrices are split alike: flattened as a whole, the rows would change devices.
@@ -92,8 +100,10 @@ def project_pair(x: jax.Array, weight: WeightArray) -> tuple[jax.Array, jax.Arra
     return both[:, :, 0], both[:, :, 1]
 
 
-def project_reduce(x: jax.Array, weight: WeightArray) -> jax.Array:
+def project_reduce(x: jax.Array, weight: WeightArray | TurnedArray) -> jax.Array:
     """x [B, T, ...] by a weight [D, ...] whose inputs may be split over devices: [B, T, D], after an all-reduce."""
+    if isinstance(weight, TurnedArray):
+        return local_call(_reduce_turned, x, weight, layout=((x, 0), (x, 1), (weight, 0)))
     if apart := apart_axes(weight, 0):
         over = apart_axes(weight, 1)
         return spread_outputs(project_reduce, x, weight, apart=apart, over=over)
@@ -108,6 +118,11 @@ def project_reduce(x: jax.Array, weight: WeightArray) -> jax.Array:
     x = reshape(x, (*x.shape[:2], inputs), layout=(0, 1, 2))
     matrix = reshape(weight, (weight.shape[0], inputs), layout=(0, 1))
     return einsum_reduce("bti,di->btd", x, matrix, precision=precision_of(x.dtype))
+
+
+def _reduce_turned(x: jax.Array, weight: TurnedArray) -> jax.Array:
+    """As `_project_turned`, over all dimensions of x [B, T, ...] but the first two."""
+    return weight.multiply(x.reshape(x.shape[0] * x.shape[1], -1)).reshape(*x.shape[:2], -1)
 
 
 def _reduce_local(x: jax.Array, weight: WeightArray) -> jax.Array:

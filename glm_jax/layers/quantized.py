@@ -18,7 +18,8 @@ from glm_jax.sharding import QuantizedArray, WeightArray
 
 # Values of all groups' products that are held at once (256 MiB of float32); beyond, one group follows the other.
 MAX_GROUP_VALUES = 2**26
-MAX_SINGLE_ROWS = 3  # rows that a CPU multiplies faster one by one: for a product of matrices XLA repacks the weight
+MAX_SINGLE_ROWS = 3  # rows that a CPU multiplies with a quantised matrix one by one rather than write it out
+MAX_COLUMNS = 256  # rows up to which a CPU multiplies faster with a float32 matrix as its columns
 MAX_FUSED_INPUTS = 2**12 - 2**7  # of a row that XLA's CPU backend multiplies without writing out the matrix
 _GROUP = "z"  # the einsum label of groups
 
@@ -106,22 +107,30 @@ def multiply_rows(x_RN: jax.Array, weight_MN: WeightArray) -> jax.Array:
             x_RN, matrix = x_RN.astype(jnp.bfloat16), weight_MN.as_bfloat16()
             return jnp.einsum("rn,mn->rm", x_RN, matrix, preferred_element_type=jnp.float32)
         weight_MN = weight_MN.dequantize(x_RN.dtype)
+    if x_RN.shape[0] <= MAX_COLUMNS:
+        return multiply_columns(x_RN, weight_MN)
     return jnp.matmul(x_RN, weight_MN.T, preferred_element_type=jnp.float32)
 
 
 def multiply_few_rows(x_RN: jax.Array, weight_MN: WeightArray) -> jax.Array:
-    """As `multiply_rows`, but up to MAX_SINGLE_ROWS rows one by one, for matrices that are no slices of others.
+    """As `multiply_rows`, of a quantised weight up to MAX_SINGLE_ROWS rows one by one.
 
     Not by bfloat16 bits, of which a product of matrices is as fast.
     """
     rows = x_RN.shape[0]
-    if not 1 < rows <= MAX_SINGLE_ROWS or (isinstance(weight_MN, QuantizedArray) and weight_MN.bits):
+    if not isinstance(weight_MN, QuantizedArray) or weight_MN.bits or not 1 < rows <= MAX_SINGLE_ROWS:
         return multiply_rows(x_RN, weight_MN)
-    each = (x_RN[row : row + 1] for row in range(rows))
-    if isinstance(weight_MN, QuantizedArray):
-        return jnp.concatenate([multiply_rows(row, weight_MN) for row in each])
-    # Not with a transposed matrix, which XLA would fuse with the product, and the making of the row as well.
-    return jnp.concatenate([jnp.einsum("rn,mn->rm", row, weight_MN) for row in each])
+    return jnp.concatenate([multiply_rows(x_RN[row : row + 1], weight_MN) for row in range(rows)])
+
+
+def multiply_columns(x_RN: jax.Array, weight_MN: jax.Array) -> jax.Array:
+    """Rows by a matrix [M, N] on a CPU as the matrix by columns: float32 [R, M].
+
+    XLA's CPU backend repacks the right side of a product at every call. This way it is the few rows that it repacks,
+    and the weight is read once, where it lies. The barrier keeps XLA from turning the product round again.
+    """
+    product = jnp.einsum("mn,rn->mr", weight_MN, x_RN, preferred_element_type=jnp.float32)
+    return lax.optimization_barrier(product).T
 
 
 def multiply_row(x_1N: jax.Array, weight_EMN: WeightArray, index: jax.Array | int) -> jax.Array:

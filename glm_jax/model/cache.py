@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from glm_jax.layers.kv_cache import LayerCache
 from glm_jax.model.decoder_layer import DecoderLayer
 from glm_jax.model.stack import Group, GroupCache, depth, is_stacked
-from glm_jax.sharding import Rules, batch_axes, length_axes, mesh_of, platform, spec_of
+from glm_jax.sharding import Rules, batch_axes, length_axes, platform, spec_of
 from glm_jax.sharding.rules import as_axes
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _zeros(leaves: tuple[jax.ShapeDtypeStruct, ...]) -> Callable[[], list[jax.Ar
 
 def abstract_cache(model: Transformer, batch: int, length: int, *, dtype: Any = None, mtp: bool = False) -> Cache:
     """As `create_cache`, of a model on a mesh or an abstract one with shardings: shapes, dtypes and shardings only."""
-    mesh = mesh_of(model)
+    mesh = model.mesh
     dtype = model.dtype if dtype is None else dtype
 
     def layer_cache(layer: DecoderLayer, layers: int | None = None) -> LayerCache:

@@ -130,7 +130,7 @@ class Transformer(nnx.Module):
     @property
     def mesh(self) -> Mesh:
         """The mesh that the weights lie on."""
-        return mesh_of(self)
+        return mesh_of(self.embedding)  # as all of them do; the whole tree takes long to walk
 
     def __call__(self, tokens: Any, *, mtp: bool = False, kernels: Kernels | None = None) -> Output:
         """Return the logits of every position of tokens int32 [B, T].

@@ -31,6 +31,7 @@ from glm_jax.sharding.rules import (
     spec_of,
     with_shardings,
 )
+from glm_jax.sharding.turned import TurnedArray
 from glm_jax.sharding.weight import (
     Constant,
     Normal,
@@ -50,6 +51,7 @@ __all__ = [
     "Normal",
     "QuantizedArray",
     "Rules",
+    "TurnedArray",
     "Weight",
     "WeightArray",
     "ahead",

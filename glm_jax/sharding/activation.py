@@ -17,15 +17,16 @@ from jax.sharding import PartitionSpec
 
 from glm_jax.sharding.quantized import QuantizedArray, WeightArray
 from glm_jax.sharding.rules import MeshAxes, as_axes, spec_of
+from glm_jax.sharding.turned import TurnedArray
 
 
-def axes_of(x: jax.Array, dimension: int) -> MeshAxes:
-    """The mesh axes over which one dimension of a (traced) array is split."""
-    spec = jax.typeof(x).sharding.spec
+def axes_of(x: jax.Array | TurnedArray, dimension: int) -> MeshAxes:
+    """The mesh axes over which one dimension of a (traced) array is split, or of a weight that is turned round."""
+    spec = x.spec if isinstance(x, TurnedArray) else jax.typeof(x).sharding.spec
     return as_axes(spec[dimension]) if dimension < len(spec) else ()
 
 
-def local_size(x: jax.Array | QuantizedArray, dimension: int) -> int:
+def local_size(x: WeightArray, dimension: int) -> int:
     """The size of one dimension of a (traced) array, or of a weight, on each device."""
     array = x.values if isinstance(x, QuantizedArray) else x
     sizes = jax.sharding.get_abstract_mesh().shape
@@ -48,9 +49,7 @@ def einsum_reduce(equation: str, x: jax.Array, weight: jax.Array, **options: Any
     return jnp.einsum(equation, x, weight, out_sharding=PartitionSpec(*(layout[label] for label in result)), **options)
 
 
-def local_call(
-    function: Callable[..., jax.Array], *operands: Any, layout: Sequence[tuple[jax.Array, int]]
-) -> jax.Array:
+def local_call(function: Callable[..., jax.Array], *operands: Any, layout: Sequence[tuple[Any, int]]) -> jax.Array:
     """Call a function on each device's own part of the operands (arrays or trees of them), without communication.
 
     `layout` names for each dimension of the result the operand and dimension whose split it has.
@@ -59,7 +58,7 @@ def local_call(
 
 
 def local_sum(
-    function: Callable[..., jax.Array], *operands: Any, layout: Sequence[tuple[jax.Array, int]], over: MeshAxes
+    function: Callable[..., jax.Array], *operands: Any, layout: Sequence[tuple[Any, int]], over: MeshAxes
 ) -> jax.Array:
     """As `local_call`, and the sum of the results over the devices along the mesh axes `over` (all-reduce)."""
     mesh = jax.sharding.get_abstract_mesh()

@@ -1,4 +1,4 @@
-"""Projections of few rows, which a CPU multiplies one by one: the same sums, on one device and on several."""
+"""Projections of few rows, which a CPU takes as a matrix's columns: the same sums, on one device and on several."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from glm_jax.layers.linear import few_rows, project, project_reduce
-from glm_jax.layers.quantized import MAX_SINGLE_ROWS
+from glm_jax.layers.quantized import MAX_COLUMNS
 from glm_jax.sharding import QuantizedArray, make_mesh, spec_of
 
 SIZE, HEADS, HEAD = 16, 4, 6
@@ -52,6 +52,24 @@ def test_split_over_devices(rows):
     np.testing.assert_allclose(out, expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_only_a_few_rows_go_one_by_one():
-    counts = {rows: few_rows(jnp.zeros((1, rows, SIZE))) for rows in range(1, MAX_SINGLE_ROWS + 2)}
-    assert counts == {1: False, **{rows: True for rows in range(2, MAX_SINGLE_ROWS + 1)}, MAX_SINGLE_ROWS + 1: False}
+def test_which_rows_are_few():
+    counts = {rows: few_rows(jnp.zeros((1, rows, SIZE))) for rows in (1, 2, MAX_COLUMNS, MAX_COLUMNS + 1)}
+    assert counts == {1: False, 2: True, MAX_COLUMNS: True, MAX_COLUMNS + 1: False}
+    assert not few_rows(jnp.zeros((1, 2, SIZE), jnp.bfloat16))
+
+
+@pytest.mark.parametrize("rows", [2, 8])
+def test_the_weight_is_not_turned_round(rows):
+    """What makes it fast: a product of the weight by columns, as XLA compiles it."""
+    x, weight = jax.ShapeDtypeStruct((1, rows, 128), jnp.float32), jax.ShapeDtypeStruct((384, 128), jnp.float32)
+    text = jax.jit(project).lower(x, weight).compile().as_text()
+    assert f"f32[384,{rows}]" in text and f"f32[{rows},384]{{1,0}} dot" not in text
+
+
+def test_gradient_of_few_rows():
+    x, weight = np.random.default_rng(0).normal(size=(1, 3, SIZE)), np.random.default_rng(1).normal(size=(5, SIZE))
+    x, weight = x.astype(np.float32), weight.astype(np.float32)
+    ours = jax.grad(lambda x, w: jnp.sum(project(x, w) ** 2), argnums=(0, 1))(x, weight)
+    made = 2 * (x @ weight.T)
+    np.testing.assert_allclose(ours[0], made @ weight, rtol=1e-4)
+    np.testing.assert_allclose(ours[1], made[0].T @ x[0], rtol=1e-4)

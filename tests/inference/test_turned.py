@@ -1,0 +1,177 @@
+"""Weights of small models turned round for few rows: the same numbers, made once, and only where that pays."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glm_jax import configs
+from glm_jax.inference import generate, turned
+from glm_jax.inference.runner import Runner
+from glm_jax.inference.speculative import Speculator
+from glm_jax.layers.experts import IMPLEMENTATIONS, turned_experts
+from glm_jax.layers.step import Kernels
+from glm_jax.model import Transformer
+from glm_jax.sharding import TurnedArray, make_mesh, map_weights, weights_by_name
+from glm_jax.sharding import turned as turned_array
+
+ONE = {"devices": jax.devices()[:1]}
+
+
+def tiny(seed: int = 0, **changes: object) -> Transformer:
+    config = dataclasses.replace(configs.get("tiny-glm"), **changes)
+    return Transformer.create(config, mesh=make_mesh(**ONE), seed=seed)
+
+
+@pytest.mark.parametrize("max_part", [1, 40, 2**16])
+@pytest.mark.parametrize(
+    ("shape", "inputs", "groups"),
+    [((6, 10), (1,), None), ((10, 3, 4), (1, 2), None), ((4, 2, 3, 5), (3,), 4), ((7, 5, 3), (0, 2), None)],
+    ids=str,
+)
+def test_products_are_those_of_the_weight(shape, inputs, groups, max_part, monkeypatch):
+    monkeypatch.setattr(turned_array, "MAX_PART", max_part)
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=shape).astype(np.float32)
+    mesh = make_mesh(**ONE)
+    array = TurnedArray.of(
+        jax.device_put(weight, jax.NamedSharding(mesh, jax.sharding.PartitionSpec())), inputs, groups=groups
+    )
+    outputs = [dimension for dimension in range(weight.ndim) if dimension not in inputs]
+    matrix = weight.transpose(*outputs, *inputs).reshape(-1, int(np.prod([shape[i] for i in inputs])))
+    x = rng.normal(size=(3, matrix.shape[1])).astype(np.float32)
+    np.testing.assert_allclose(array.multiply(x), x @ matrix.T, atol=1e-5)
+    assert array.shape == shape and array.ndim == len(shape) and array[...] is array
+    assert sum(part.size for part in array.parts) == weight.size
+    if groups:
+        assert groups % len(array.parts) == 0
+    with pytest.raises(IndexError, match="right would be"):
+        array[0]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 32])
+@pytest.mark.parametrize("experts", [4, 7])
+def test_experts(tokens, experts):
+    rng, mesh = np.random.default_rng(tokens), make_mesh(**ONE)
+    gate_up, down = rng.normal(size=(experts, 2, 6, 8)), rng.normal(size=(experts, 8, 6))
+    place = jax.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    gate_up, down = (jax.device_put(a.astype(np.float32), place) for a in (gate_up, down))
+    x = rng.normal(size=(tokens, 8)).astype(np.float32)
+    ids = np.stack([rng.permutation(experts)[:3] for _ in range(tokens)]).astype(np.int32)
+    ids[0, 0] = experts + 2  # an expert elsewhere
+    weights = rng.uniform(size=ids.shape).astype(np.float32)
+    expected = IMPLEMENTATIONS["dense"](x, jnp.asarray(ids), weights, gate_up_E2FD=gate_up, down_EDF=down)
+    ours = turned_experts(
+        x,
+        jnp.asarray(ids),
+        weights,
+        gate_up_E2FD=TurnedArray.of(gate_up, (3,), groups=experts),
+        down_EDF=TurnedArray.of(down, (0, 2)),
+    )
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def family(name: str) -> Transformer:
+    """A small model of a family with latent or grouped-query attention, groups of experts, tied embeddings or not."""
+    if name == "tied":
+        return tiny(tie_embeddings=True)
+    return tiny() if name == "tiny-glm" else Transformer.create(small(name), mesh=make_mesh(**ONE), seed=3)
+
+
+def small(name: str) -> configs.ModelConfig:
+    preset, base = configs.get(name), configs.get("tiny-glm")
+    assert isinstance(preset.attention, configs.MlaConfig)
+    attention = dataclasses.replace(preset.attention, num_heads=4, q_rank=24, kv_rank=16, nope_dim=8, value_dim=8)
+    moe = dataclasses.replace(base.moe, num_groups=preset.moe.num_groups // 4, num_groups_per_token=1)
+    return dataclasses.replace(base, attention=attention, moe=moe)
+
+
+@pytest.mark.parametrize("name", ["tiny-glm", "tied", "deepseek-v3"])
+def test_passes_of_few_rows_are_those_of_the_model(name):
+    model = family(name)
+    made = turned.turned_weights(model)
+    assert made and not any(key.startswith(("mtp", "embedding")) for key in made)
+    assert ("head.weight" in made) == (model.head is not None)
+    few = turned.few_rows_form(model, made, rows=6)
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 3))
+    expected, ours = model(tokens).logits, few(tokens).logits
+    np.testing.assert_allclose(ours, expected, atol=1e-4 * float(jnp.std(expected)))
+
+
+@pytest.mark.parametrize("name", ["tiny-glm", "tied", "deepseek-v3"])
+@pytest.mark.parametrize("drafts", [0, 1, 3])
+def test_tokens_are_those_without(name, drafts, monkeypatch):
+    model = family(name)
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(0, model.config.vocab_size, length).tolist() for length in (5, 9, 2)]
+    ours = [generate(model, some, max_new_tokens=12, speculative=drafts) for some in (prompts, prompts[:1])]
+    monkeypatch.setattr(turned, "MAX_PARAMETERS", 0)
+    assert ours == [generate(model, some, max_new_tokens=12) for some in (prompts, prompts[:1])]
+
+
+def test_which_passes_use_them():
+    model = tiny()
+    made = turned.turned_weights(model)
+    for rows, used in ((1, False), (2, True), (turned.MAX_ROWS, True), (turned.MAX_ROWS + 1, False)):
+        assert (turned.few_rows_form(model, made, rows=rows) is not model) == used
+    assert turned.few_rows_form(model, {}, rows=2) is model
+
+
+@pytest.mark.parametrize("why", ["stacked", "bfloat16", "devices", "large", "abstract"])
+def test_models_that_keep_their_weights_as_they_are(why, monkeypatch):
+    config = configs.get("tiny-glm")
+    if why == "abstract":
+        assert turned.turned_weights(Transformer(config)) == {}
+        return
+    if why == "large":
+        monkeypatch.setattr(turned, "MAX_PARAMETERS", 1000)
+    mesh = make_mesh(tensor=2, devices=jax.devices()[:2]) if why == "devices" else make_mesh(**ONE)
+    model = Transformer.create(
+        config, mesh=mesh, stacked=why == "stacked", dtype="bfloat16" if why == "bfloat16" else None
+    )
+    assert turned.turned_weights(model) == {}
+
+
+def test_a_form_of_the_experts_that_is_named_is_the_one_that_runs():
+    assert turned.turned_weights(tiny(), Kernels()) != {}
+    assert turned.turned_weights(tiny(), Kernels(experts="dense")) == {}
+
+
+def test_they_are_made_once_and_again_when_a_weight_changes():
+    model = tiny()
+    first = turned.turned_weights(model)
+    assert turned.turned_weights(model) is first
+    assert Runner(model)._leaves[-1] is Speculator(model, 1)._leaves[-1]
+    prompts = [[1, 2, 3], [4, 5]]
+    before = generate(model, prompts, max_new_tokens=8, speculative=1)
+    head = weights_by_name(model)["head.weight"]
+    model.head.weight.set_value(jnp.flip(head.get_raw_value(), axis=0))
+    assert turned.turned_weights(model) is not first
+    after = generate(model, prompts, max_new_tokens=8, speculative=1)
+    assert after != before
+    assert after == generate(model, prompts, max_new_tokens=8)
+    assert list(after[0]) == [model.config.vocab_size - 1 - token for token in before[0][:1]] + list(after[0][1:])
+
+
+def test_they_go_with_their_model():
+    model = tiny()
+    turned.turned_weights(model)
+    held = len(turned._MADE)
+    del model
+    gc.collect()
+    assert len(turned._MADE) < held
+
+
+def test_values_that_are_exchanged_weight_by_weight_are_seen():
+    """A training step returns a new model of the same class: no copy of another one's weights may answer for it."""
+    model = tiny()
+    generate(model, [[1, 2], [3, 4]], max_new_tokens=2)
+    other = map_weights(lambda name, weight: weight.get_raw_value() * 1.5, model)
+    prompts = [[1, 2, 3], [7, 8]]
+    alone = [generate(other, [prompt], max_new_tokens=6)[0] for prompt in prompts]
+    assert generate(other, prompts, max_new_tokens=6) == alone
