@@ -46,11 +46,11 @@ def dense_experts(
     # Tokens last, as the product makes them: a GPU would write any other order again, as an array of its own, and a CPU
     # is kept from making a product of it for which it repacks the weights.
     gate_up = _as_made(weight_einsum("td,ecfd->ecft", x_TD, gate_up_E2FD, precision=precision))
-    hidden = swiglu(gate_up[:, 0], gate_up[:, 1])
+    hidden = swiglu(gate_up[:, 0], gate_up[:, 1]).swapaxes(1, 2)
     if platform() == "cpu":
-        outputs = _as_made(weight_einsum("eft,edf->edt", hidden, down_EDF, precision=precision)).swapaxes(1, 2)
+        outputs = _as_made(weight_einsum("etf,edf->edt", hidden, down_EDF, precision=precision)).swapaxes(1, 2)
     else:
-        outputs = weight_einsum("etf,edf->etd", hidden.swapaxes(1, 2), down_EDF, precision=precision)
+        outputs = weight_einsum("etf,edf->etd", hidden, down_EDF, precision=precision)
     return jnp.einsum("etd,te->td", outputs.astype(jnp.float32), weights_TE, precision=lax.Precision.HIGHEST).astype(
         x_TD.dtype
     )
