@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from glm_jax.inference.sampling import Sampler
-from glm_jax.inference.turned import few_rows_form, turned_weights
+from glm_jax.inference.turned import are_few, forms
 from glm_jax.layers.step import Kernels
 from glm_jax.model import Cache, Transformer, abstract_cache, create_cache
 from glm_jax.sharding import batch_sharding, take_position
@@ -48,8 +48,8 @@ class Runner:
     def __init__(self, model: Transformer, *, kernels: Kernels | None = None) -> None:
         self.model = model
         self.mesh = model.mesh
-        self._leaves, structure = jax.tree.flatten((model, turned_weights(model, kernels)))
-        self._programs = _programs(structure, kernels or Kernels())
+        (self._leaves, plain), (self._few, few) = forms(model, kernels)
+        self._programs, self._programs_of_few = (_programs(form, kernels or Kernels()) for form in (plain, few))
         self.pace = Pace.of(self.mesh)
 
     def prefill(self, prompts: list[list[int]], sampler: Sampler, *, padded_length: int, room: int) -> DecodeState:
@@ -66,13 +66,16 @@ class Runner:
 
     def start(self, state: DecodeState, sampler: Sampler, *, steps: int) -> tuple[DecodeState, list[jax.Array]]:
         """As `decode`, but without waiting for the tokens: `fetch` makes them an array."""
+        programs, leaves = self._programs, self._leaves
+        if are_few(state.tokens.size):
+            programs, leaves = self._programs_of_few, self._few
         with jax.set_mesh(self.mesh):
             if self.pace.fused:
-                after, tokens = self._programs.decode(self._leaves, *state, sampler, steps)
+                after, tokens = programs.decode(leaves, *state, sampler, steps)
                 return DecodeState(*after), [tokens]
             taken = []
             for _ in range(steps):
-                state = DecodeState(*self._programs.decode_one(self._leaves, *state, sampler))
+                state = DecodeState(*programs.decode_one(leaves, *state, sampler))
                 taken.append(state.tokens)
             return state, taken
 
@@ -163,10 +166,10 @@ def _programs(structure: Any, kernels: Kernels) -> Programs:
 
 
 def programs(structure: Any, kernels: Kernels) -> Programs:
-    """The programs of one structure, that of a model and its weights turned round, as functions to compile."""
+    """The programs of models of one structure, as functions to compile."""
 
     def prefill(leaves, tokens, lengths, cache, sampler):
-        model, _ = jax.tree.unflatten(structure, leaves)
+        model = jax.tree.unflatten(structure, leaves)
         positions = jnp.zeros_like(tokens) + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         step = model.step(positions, fresh=True, kernels=kernels)
         hidden, cache, _ = model.hidden_states(tokens, step=step, cache=cache)
@@ -174,7 +177,7 @@ def programs(structure: Any, kernels: Kernels) -> Programs:
         return DecodeState(cache, sampler(model.logits(last)[:, 0], lengths), lengths)
 
     def decode_one(leaves, cache, tokens, positions, sampler):
-        model = few_rows_form(*jax.tree.unflatten(structure, leaves), rows=tokens.size)
+        model = jax.tree.unflatten(structure, leaves)
         step = model.step(positions[:, None], fresh=False, kernels=kernels)
         hidden, cache, _ = model.hidden_states(tokens[:, None], step=step, cache=cache)
         return cache, sampler(model.logits(hidden)[:, 0], positions + 1), positions + 1

@@ -22,7 +22,7 @@ import numpy as np
 
 from glm_jax.inference.runner import Pace, place_prompts
 from glm_jax.inference.sampling import likeliest
-from glm_jax.inference.turned import few_rows_form, turned_weights
+from glm_jax.inference.turned import are_few, forms
 from glm_jax.layers.step import Kernels
 from glm_jax.model import Cache, Transformer, create_cache
 from glm_jax.sharding import ahead, take_position
@@ -61,8 +61,8 @@ class Speculator:
     ) -> None:
         self.model, self.drafts = model, drafts
         self.mesh = model.mesh
-        self._leaves, structure = jax.tree.flatten((model, turned_weights(model, kernels)))
-        self._programs = _programs(structure, kernels or Kernels(), drafts)
+        (self._leaves, plain), (self._few, few) = forms(model, kernels)
+        self._programs, self._programs_of_few = (_programs(form, kernels or Kernels(), drafts) for form in (plain, few))
         pace = Pace.of(self.mesh)
         self.pace = pace if fused is None else dataclasses.replace(pace, fused=fused)
 
@@ -85,13 +85,16 @@ class Speculator:
 
     def start(self, state: SpeculativeState, *, rounds: int) -> tuple[SpeculativeState, list[Taken]]:
         """As `decode`, but without waiting for the tokens: `fetch` makes them arrays."""
+        programs, leaves = self._programs, self._leaves
+        if are_few(state.tokens.size * (self.drafts + 1)):
+            programs, leaves = self._programs_of_few, self._few
         with jax.set_mesh(self.mesh):
             if self.pace.fused:
-                after, chosen, accepted = self._programs.decode(self._leaves, *state, rounds)
+                after, chosen, accepted = programs.decode(leaves, *state, rounds)
                 return SpeculativeState(*after), [(chosen, accepted)]
             taken = []
             for _ in range(rounds):
-                after, chosen, accepted = self._programs.round(self._leaves, *state)
+                after, chosen, accepted = programs.round(leaves, *state)
                 state = SpeculativeState(*after)
                 taken.append((chosen, accepted))
             return state, taken
@@ -113,13 +116,10 @@ class _Programs(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def _programs(structure: Any, kernels: Kernels, count: int) -> _Programs:
-    """The jitted functions over the leaves of models of one structure, for `count` drafts a round.
-
-    The leaves are those of a model and of its weights turned round.
-    """
+    """The jitted functions over the leaves of models of one structure, for `count` drafts a round."""
 
     def prefill(leaves, tokens, lengths, cache):
-        model, _ = jax.tree.unflatten(structure, leaves)
+        model = jax.tree.unflatten(structure, leaves)
         positions = jnp.zeros_like(tokens) + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         step = model.step(positions, fresh=True, kernels=kernels)
         hidden, cache, _ = model.hidden_states(tokens, step=step, cache=cache)
@@ -142,12 +142,11 @@ def _programs(structure: Any, kernels: Kernels, count: int) -> _Programs:
         return jnp.concatenate(drafts, axis=1), dataclasses.replace(cache, mtp=mtp)
 
     def round_(leaves, cache, tokens, positions, drafts):
-        model, turned = jax.tree.unflatten(structure, leaves)
+        model = jax.tree.unflatten(structure, leaves)
         tokens = jnp.concatenate([tokens[:, None], drafts], axis=1)
-        main = few_rows_form(model, turned, rows=tokens.size)
         step = model.step(positions[:, None] + jnp.arange(count + 1, dtype=jnp.int32), fresh=False, kernels=kernels)
-        hidden, cache, _ = main.hidden_states(tokens, step=step, cache=cache)
-        chosen = _likeliest(main, hidden)
+        hidden, cache, _ = model.hidden_states(tokens, step=step, cache=cache)
+        chosen = _likeliest(model, hidden)
         accepted = jnp.sum(jnp.cumprod((drafts == chosen[:, :-1]).astype(jnp.int32), axis=1), axis=1)
         drafts, cache = draft(model, step, (chosen, hidden, accepted), cache)
         # The token at index `accepted` of each row, without a gather: jax cannot tell the layout of one over rows.

@@ -1,4 +1,4 @@
-"""The weights of a small model turned round, for the passes of a CPU that have more than one row.
+"""The form of a small model for a CPU's passes of a few rows: with its weights turned round.
 
 They are copies, made once for a model and kept beside it: 5 MB for one of 1.4 million parameters. The weights of a
 larger model stream from memory, and multiplying by them as they are takes no longer.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,25 +20,39 @@ from glm_jax.sharding import TurnedArray, Weight, layer_axis, map_weights, platf
 MAX_PARAMETERS = 2**22  # 16 MiB of float32: they, or most of them, stay in a CPU's cache
 MAX_ROWS = 32  # up to here all experts of a layer cost no more than those chosen
 
-Turned = dict[str, TurnedArray]
-_MADE: weakref.WeakKeyDictionary[Transformer, tuple[list[jax.Array], Turned]] = weakref.WeakKeyDictionary()
+
+class Form(NamedTuple):
+    """A model as compiled programs take it: its leaves, and their structure."""
+
+    leaves: list[Any]
+    structure: Any
 
 
-def turned_weights(model: Transformer, kernels: Kernels | None = None) -> Turned:
-    """The matrices of a model's layers and its head by name, turned round; none where that does not pay.
+_MADE: weakref.WeakKeyDictionary[Transformer, tuple[list[Any], Form]] = weakref.WeakKeyDictionary()
 
-    It pays for a small model of unrolled layers in float32, on a CPU, on a mesh of one device. The weights of the MTP
-    layer, which drafts one token at a time, stay as they are. So do all where `kernels` names a form of the experts.
+
+def forms(model: Transformer, kernels: Kernels | None = None) -> tuple[Form, Form]:
+    """The model as it is, and the form of it for passes of a few rows, which is the same where another does not pay.
+
+    Another pays for a small model of unrolled layers in float32, on a CPU, on a mesh of one device; unless `kernels`
+    names a form of the experts. The weights of the MTP layer, which drafts one token at a time, stay as they are.
     """
+    plain = Form(*jax.tree.flatten(model))
     weights = _matrices(model)
     if (kernels and kernels.experts) or not _pays(model, weights.values()):
-        return {}
-    sources = [weight.get_raw_value() for weight in weights.values()]
-    kept = _MADE.get(model)
-    if kept is None or len(kept[0]) != len(sources) or any(a is not b for a, b in zip(kept[0], sources, strict=True)):
-        kept = sources, {name: _turned(weight) for name, weight in weights.items()}
-        _MADE[model] = kept
-    return kept[1]
+        return plain, plain
+    source, made = _MADE.get(model, ([], plain))
+    if len(source) != len(plain.leaves) or any(a is not b for a, b in zip(source, plain.leaves, strict=True)):
+        turned = {name: _turned(weight) for name, weight in weights.items()}
+        changed = map_weights(lambda name, weight: turned.get(name, weight.get_raw_value()), model)
+        made = Form(*jax.tree.flatten(changed))
+        _MADE[model] = plain.leaves, made
+    return plain, made
+
+
+def are_few(rows: int) -> bool:
+    """Whether a pass has so few rows, and not one alone, that it is one for the other form."""
+    return 1 < rows <= MAX_ROWS
 
 
 def _turned(weight: Weight) -> TurnedArray:
@@ -48,21 +63,13 @@ def _turned(weight: Weight) -> TurnedArray:
         return TurnedArray.of(array, inputs)
     if weight.axes[1] == "embed":  # down: its product sums over the experts as well
         return TurnedArray.of(array, (0, *inputs))
-    return TurnedArray.of(array, inputs, groups=len(array))
-
-
-def few_rows_form(model: Transformer, turned: Turned, *, rows: int) -> Transformer:
-    """The model for a pass of so many rows: with its weights turned round if there are such, and more rows than one."""
-    if not turned or not 1 < rows <= MAX_ROWS:
-        return model
-    return map_weights(lambda name, weight: turned.get(name, weight.get_raw_value()), model)
+    return TurnedArray.of(array, inputs, outputs=(1, 0, 2))  # the gates of all experts, then the rest
 
 
 def _matrices(model: Transformer) -> dict[str, Weight]:
     """The weights that may be turned round, by their names."""
-    groups, head = ("dense", "moe"), model.head
-    found = {} if head is None else {"head.weight": head.weight}
-    for group in groups:
+    found = {} if model.head is None else {"head.weight": model.head.weight}
+    for group in ("dense", "moe"):
         for name, weight in weights_by_name(getattr(model, group)).items():
             # Latent attention multiplies by the matrix from the latent vector head by head as well.
             if weight.inputs and "latent" not in weight.axes:

@@ -59,11 +59,15 @@ def dense_experts(
 def turned_experts(
     x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, *, gate_up_E2FD: TurnedArray, down_EDF: TurnedArray
 ) -> jax.Array:
-    """As `dense_experts`: the second product sums over the experts as well, whose weights are in what it multiplies."""
+    """As `dense_experts`, by two products.
+
+    The first has the gates of all experts before what they let through. The second sums over the experts as well, whose
+    weights are in what it multiplies.
+    """
     experts, _, width, _ = gate_up_E2FD.shape
-    gate_up = gate_up_E2FD.multiply(x_TD).reshape(-1, experts, 2, width)
-    weights_TE = _weights_of_all(ids_TK, weights_TK.astype(jnp.float32), experts)
-    hidden = swiglu(gate_up[:, :, 0], gate_up[:, :, 1]) * weights_TE[:, :, None]
+    gate, up = jnp.split(gate_up_E2FD.multiply(x_TD), 2, axis=1)
+    hidden = swiglu(gate, up).reshape(-1, experts, width)
+    hidden = hidden * _weights_of_all(ids_TK, weights_TK.astype(jnp.float32), experts)[:, :, None]
     return down_EDF.multiply(hidden.reshape(-1, experts * width)).astype(x_TD.dtype)
 
 

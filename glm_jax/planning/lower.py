@@ -18,7 +18,6 @@ from glm_jax.inference.config import Sampling
 from glm_jax.inference.generate import MIN_BUCKET, STEPS_PER_CALL, bucket
 from glm_jax.inference.runner import Runner, abstract_prompts, programs
 from glm_jax.inference.sampling import Sampler
-from glm_jax.inference.turned import turned_weights
 from glm_jax.layers.step import Kernels
 from glm_jax.model import Transformer, abstract_cache
 from glm_jax.model.transformer import in_form, platform_stacks, runtime_model
@@ -130,7 +129,7 @@ def _train(job: Job, model: Transformer, kernels: Kernels | None) -> Any:
 
 
 def _inference(job: Job, model: Transformer, kernels: Kernels) -> Any:
-    leaves, structure = jax.tree.flatten((model, turned_weights(model)))
+    leaves, structure = jax.tree.flatten(model)
     plain = programs(structure, kernels)
     cache = abstract_cache(model, job.batch, job.length, dtype=job.cache_storage.dtype)
     sampler = jax.eval_shape(functools.partial(Sampler.create, SAMPLINGS["greedy"]))

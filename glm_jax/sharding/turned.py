@@ -35,17 +35,20 @@ class TurnedArray:
     spec: PartitionSpec
 
     @classmethod
-    def of(cls, weight: jax.Array, inputs: tuple[int, ...], *, groups: int | None = None) -> TurnedArray:
-        """Turn a weight on one device round; `inputs` are the dimensions that its product sums over.
+    def of(cls, weight: jax.Array, inputs: tuple[int, ...], *, outputs: tuple[int, ...] | None = None) -> TurnedArray:
+        """Turn a weight on one device round.
 
-        The outputs of a part are whole groups, of which there are `groups`: by default each output is one.
+        Args:
+            weight: with values.
+            inputs: the dimensions that its product sums over.
+            outputs: the others, in the order that the product shall have them; by default their own.
         """
-        outputs = [dimension for dimension in range(weight.ndim) if dimension not in inputs]
+        if outputs is None:
+            outputs = tuple(dimension for dimension in range(weight.ndim) if dimension not in inputs)
         rows = math.prod(weight.shape[dimension] for dimension in inputs)
         matrix = np.asarray(weight).transpose(*inputs, *outputs).reshape(rows, -1)
-        groups = matrix.shape[1] if groups is None else groups
-        counts = (n for n in range(1, groups + 1) if groups % n == 0)
-        count = next((n for n in counts if matrix.size <= n * MAX_PART), groups)
+        counts = (n for n in range(1, matrix.shape[1] + 1) if matrix.shape[1] % n == 0)
+        count = next((n for n in counts if matrix.size <= n * MAX_PART), matrix.shape[1])
         placed = weight.sharding
         assert isinstance(placed, NamedSharding), "the weights of a model lie on a mesh"
         whole = NamedSharding(placed.mesh, PartitionSpec())

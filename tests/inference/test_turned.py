@@ -30,26 +30,24 @@ def tiny(seed: int = 0, **changes: object) -> Transformer:
 
 @pytest.mark.parametrize("max_part", [1, 40, 2**16])
 @pytest.mark.parametrize(
-    ("shape", "inputs", "groups"),
-    [((6, 10), (1,), None), ((10, 3, 4), (1, 2), None), ((4, 2, 3, 5), (3,), 4), ((7, 5, 3), (0, 2), None)],
+    ("shape", "inputs", "outputs"),
+    [((6, 10), (1,), None), ((10, 3, 4), (1, 2), None), ((4, 2, 3, 5), (3,), (1, 0, 2)), ((7, 5, 3), (0, 2), None)],
     ids=str,
 )
-def test_products_are_those_of_the_weight(shape, inputs, groups, max_part, monkeypatch):
+def test_products_are_those_of_the_weight(shape, inputs, outputs, max_part, monkeypatch):
     monkeypatch.setattr(turned_array, "MAX_PART", max_part)
     rng = np.random.default_rng(0)
     weight = rng.normal(size=shape).astype(np.float32)
     mesh = make_mesh(**ONE)
-    array = TurnedArray.of(
-        jax.device_put(weight, jax.NamedSharding(mesh, jax.sharding.PartitionSpec())), inputs, groups=groups
-    )
-    outputs = [dimension for dimension in range(weight.ndim) if dimension not in inputs]
-    matrix = weight.transpose(*outputs, *inputs).reshape(-1, int(np.prod([shape[i] for i in inputs])))
+    placed = jax.device_put(weight, jax.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    array = TurnedArray.of(placed, inputs, outputs=outputs)
+    others = outputs or tuple(dimension for dimension in range(weight.ndim) if dimension not in inputs)
+    matrix = weight.transpose(*others, *inputs).reshape(-1, int(np.prod([shape[i] for i in inputs])))
     x = rng.normal(size=(3, matrix.shape[1])).astype(np.float32)
     np.testing.assert_allclose(array.multiply(x), x @ matrix.T, atol=1e-5)
     assert array.shape == shape and array.ndim == len(shape) and array[...] is array
     assert sum(part.size for part in array.parts) == weight.size
-    if groups:
-        assert groups % len(array.parts) == 0
+    assert all(part.size <= max_part or part.shape[1] == 1 for part in array.parts)
     with pytest.raises(IndexError, match="right would be"):
         array[0]
 
@@ -70,7 +68,7 @@ def test_experts(tokens, experts):
         x,
         jnp.asarray(ids),
         weights,
-        gate_up_E2FD=TurnedArray.of(gate_up, (3,), groups=experts),
+        gate_up_E2FD=TurnedArray.of(gate_up, (3,), outputs=(1, 0, 2)),
         down_EDF=TurnedArray.of(down, (0, 2)),
     )
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
@@ -91,13 +89,20 @@ def small(name: str) -> configs.ModelConfig:
     return dataclasses.replace(base, attention=attention, moe=moe)
 
 
+def other_form(model: Transformer) -> Transformer | None:
+    """The model as it is for passes of a few rows; None if it is the same."""
+    plain, few = turned.forms(model)
+    return None if few is plain else jax.tree.unflatten(few.structure, few.leaves)
+
+
 @pytest.mark.parametrize("name", ["tiny-glm", "tied", "deepseek-v3"])
 def test_passes_of_few_rows_are_those_of_the_model(name):
     model = family(name)
-    made = turned.turned_weights(model)
-    assert made and not any(key.startswith(("mtp", "embedding")) for key in made)
-    assert ("head.weight" in made) == (model.head is not None)
-    few = turned.few_rows_form(model, made, rows=6)
+    few = other_form(model)
+    assert few is not None
+    changed = {name for name, weight in weights_by_name(few).items() if isinstance(weight.get_raw_value(), TurnedArray)}
+    assert changed and not any(key.startswith(("mtp", "embedding")) or key.endswith("kv_b") for key in changed)
+    assert ("head.weight" in changed) == (model.head is not None)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 3))
     expected, ours = model(tokens).logits, few(tokens).logits
     np.testing.assert_allclose(ours, expected, atol=1e-4 * float(jnp.std(expected)))
@@ -114,19 +119,16 @@ def test_tokens_are_those_without(name, drafts, monkeypatch):
     assert ours == [generate(model, some, max_new_tokens=12) for some in (prompts, prompts[:1])]
 
 
-def test_which_passes_use_them():
-    model = tiny()
-    made = turned.turned_weights(model)
-    for rows, used in ((1, False), (2, True), (turned.MAX_ROWS, True), (turned.MAX_ROWS + 1, False)):
-        assert (turned.few_rows_form(model, made, rows=rows) is not model) == used
-    assert turned.few_rows_form(model, {}, rows=2) is model
+def test_which_passes_have_few_rows():
+    rows = (1, 2, turned.MAX_ROWS, turned.MAX_ROWS + 1)
+    assert [turned.are_few(count) for count in rows] == [False, True, True, False]
 
 
 @pytest.mark.parametrize("why", ["stacked", "bfloat16", "devices", "large", "abstract"])
 def test_models_that_keep_their_weights_as_they_are(why, monkeypatch):
     config = configs.get("tiny-glm")
     if why == "abstract":
-        assert turned.turned_weights(Transformer(config)) == {}
+        assert other_form(Transformer(config)) is None
         return
     if why == "large":
         monkeypatch.setattr(turned, "MAX_PARAMETERS", 1000)
@@ -134,33 +136,34 @@ def test_models_that_keep_their_weights_as_they_are(why, monkeypatch):
     model = Transformer.create(
         config, mesh=mesh, stacked=why == "stacked", dtype="bfloat16" if why == "bfloat16" else None
     )
-    assert turned.turned_weights(model) == {}
+    assert other_form(model) is None
 
 
 def test_a_form_of_the_experts_that_is_named_is_the_one_that_runs():
-    assert turned.turned_weights(tiny(), Kernels()) != {}
-    assert turned.turned_weights(tiny(), Kernels(experts="dense")) == {}
+    model = tiny()
+    for kernels, one in ((Kernels(), False), (Kernels(experts="dense"), True)):
+        plain, few = turned.forms(model, kernels)
+        assert (plain is few) == one
 
 
 def test_they_are_made_once_and_again_when_a_weight_changes():
     model = tiny()
-    first = turned.turned_weights(model)
-    assert turned.turned_weights(model) is first
-    assert Runner(model)._leaves[-1] is Speculator(model, 1)._leaves[-1]
+    first = turned.forms(model)[1]
+    assert turned.forms(model)[1] is first
+    assert Runner(model)._few is Speculator(model, 1)._few
     prompts = [[1, 2, 3], [4, 5]]
     before = generate(model, prompts, max_new_tokens=8, speculative=1)
-    head = weights_by_name(model)["head.weight"]
-    model.head.weight.set_value(jnp.flip(head.get_raw_value(), axis=0))
-    assert turned.turned_weights(model) is not first
+    model.head.weight.set_value(jnp.flip(model.head.weight.get_raw_value(), axis=0))
+    assert turned.forms(model)[1] is not first
     after = generate(model, prompts, max_new_tokens=8, speculative=1)
-    assert after != before
     assert after == generate(model, prompts, max_new_tokens=8)
-    assert list(after[0]) == [model.config.vocab_size - 1 - token for token in before[0][:1]] + list(after[0][1:])
+    last = model.config.vocab_size - 1
+    assert [row[0] for row in after] == [last - row[0] for row in before]
 
 
 def test_they_go_with_their_model():
     model = tiny()
-    turned.turned_weights(model)
+    turned.forms(model)
     held = len(turned._MADE)
     del model
     gc.collect()
