@@ -31,6 +31,9 @@ Product = Callable[[WeightArray, jax.Array, jax.Array], jax.Array]
 Weights = tuple[WeightArray, WeightArray]
 
 STRIP_ROWS = (2, 4)  # buckets multiplied by strips; from there on the copy is small beside the rest
+MAX_COPIED_COLUMNS = (
+    32  # rows up to which a copy multiplies them faster as its columns: beyond, it is made turned round
+)
 MIN_MANY_ROWS = 8  # the smallest bucket of long prompts, and from which on there is one between two powers of two
 STRIP_WIDTH = 16  # columns of the narrowest strip: one 512-bit register of float32
 MAX_STRIPS = 32  # strips of a product: bounds the code that is compiled; the partial sums are 1/32 of the work
@@ -153,7 +156,10 @@ def _fused_vector(weight_EMN: WeightArray, index: jax.Array, x_1N: jax.Array) ->
 
 
 def _copied(weight_EMN: WeightArray, index: jax.Array, x_RN: jax.Array) -> jax.Array:
-    return multiply_rows(x_RN, take(weight_EMN, index))
+    weight_MN = take(weight_EMN, index)
+    if x_RN.shape[0] > MAX_COPIED_COLUMNS and not isinstance(weight_MN, QuantizedArray):
+        return jnp.matmul(x_RN, weight_MN.T, preferred_element_type=jnp.float32)
+    return multiply_rows(x_RN, weight_MN)
 
 
 def _strips(weight_EMN: WeightArray, index: jax.Array, x_RN: jax.Array) -> jax.Array:
