@@ -22,7 +22,7 @@ import numpy as np
 
 from glm_jax.inference.runner import Pace, place_prompts
 from glm_jax.inference.sampling import likeliest
-from glm_jax.inference.turned import are_few, forms
+from glm_jax.inference.turned import Form, are_few, few_rows_form, plain_form
 from glm_jax.layers.step import Kernels
 from glm_jax.model import Cache, Transformer, create_cache
 from glm_jax.sharding import ahead, take_position
@@ -61,8 +61,9 @@ class Speculator:
     ) -> None:
         self.model, self.drafts = model, drafts
         self.mesh = model.mesh
-        (self._leaves, plain), (self._few, few) = forms(model, kernels)
-        self._programs, self._programs_of_few = (_programs(form, kernels or Kernels(), drafts) for form in (plain, few))
+        self._kernels = kernels or Kernels()
+        self._plain = self._compiled(plain_form(model))
+        self._few: dict[bool, _Compiled] = {}
         pace = Pace.of(self.mesh)
         self.pace = pace if fused is None else dataclasses.replace(pace, fused=fused)
 
@@ -71,7 +72,7 @@ class Speculator:
         placed = place_prompts(self.model, prompts, padded_length)
         with jax.set_mesh(self.mesh):
             cache = create_cache(self.model, len(prompts), room, mtp=True)
-            return SpeculativeState(*self._programs.prefill(self._leaves, *placed, cache))
+            return SpeculativeState(*self._plain.programs.prefill(self._plain.leaves, *placed, cache))
 
     def decode(self, state: SpeculativeState, *, rounds: int) -> tuple[SpeculativeState, np.ndarray, np.ndarray]:
         """Take `rounds` rounds. Donates the state.
@@ -85,9 +86,7 @@ class Speculator:
 
     def start(self, state: SpeculativeState, *, rounds: int) -> tuple[SpeculativeState, list[Taken]]:
         """As `decode`, but without waiting for the tokens: `fetch` makes them arrays."""
-        programs, leaves = self._programs, self._leaves
-        if are_few(state.tokens.size * (self.drafts + 1)):
-            programs, leaves = self._programs_of_few, self._few
+        leaves, programs = self._for_batch(state.tokens.size)
         with jax.set_mesh(self.mesh):
             if self.pace.fused:
                 after, chosen, accepted = programs.decode(leaves, *state, rounds)
@@ -98,6 +97,19 @@ class Speculator:
                 state = SpeculativeState(*after)
                 taken.append((chosen, accepted))
             return state, taken
+
+    def _for_batch(self, batch: int) -> _Compiled:
+        """The form for rounds of so many sequences."""
+        if not are_few(batch * (self.drafts + 1)):
+            return self._plain
+        mtp = batch > 1
+        if mtp not in self._few:
+            form = few_rows_form(self.model, self._kernels, mtp=mtp)
+            self._few[mtp] = self._plain if form is None else self._compiled(form)
+        return self._few[mtp]
+
+    def _compiled(self, form: Form) -> _Compiled:
+        return _Compiled(form.leaves, _programs(form.structure, self._kernels, self.drafts))
 
     def fetch(self, taken: list[Taken]) -> tuple[np.ndarray, np.ndarray]:
         """What rounds that were started chose, int32 [rounds, B, k + 1], and accepted, int32 [rounds, B]."""
@@ -112,6 +124,11 @@ class _Programs(NamedTuple):
     prefill: Any
     round: Any
     decode: Any
+
+
+class _Compiled(NamedTuple):
+    leaves: list[Any]
+    programs: _Programs
 
 
 @functools.lru_cache(maxsize=16)

@@ -6,8 +6,9 @@ larger model stream from memory, and multiplying by them as they are takes no lo
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import weakref
-from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -28,26 +29,56 @@ class Form(NamedTuple):
     structure: Any
 
 
-_MADE: weakref.WeakKeyDictionary[Transformer, tuple[list[Any], Form]] = weakref.WeakKeyDictionary()
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """What was made of a model.
 
-
-def forms(model: Transformer, kernels: Kernels | None = None) -> tuple[Form, Form]:
-    """The model as it is, and the form of it for passes of a few rows, which is the same where another does not pay.
-
-    Another pays for a small model of unrolled layers in float32, on a CPU, on a mesh of one device; unless `kernels`
-    names a form of the experts. The weights of the MTP layer, which drafts one token at a time, stay as they are.
+    Attributes:
+        source: the leaves that it was made of.
+        turned: weights by name.
+        forms: with the weights of the MTP layer turned round and without.
     """
-    plain = Form(*jax.tree.flatten(model))
+
+    source: list[Any]
+    turned: dict[str, TurnedArray] = dataclasses.field(default_factory=dict)
+    forms: dict[bool, Form] = dataclasses.field(default_factory=dict)
+
+    def is_of(self, leaves: list[Any]) -> bool:
+        """Whether the leaves are still those of the model."""
+        return len(self.source) == len(leaves) and all(a is b for a, b in zip(self.source, leaves, strict=True))
+
+
+_MADE: weakref.WeakKeyDictionary[Transformer, _Made] = weakref.WeakKeyDictionary()
+
+
+def plain_form(model: Transformer) -> Form:
+    """The model as it is."""
+    return Form(*jax.tree.flatten(model))
+
+
+def few_rows_form(model: Transformer, kernels: Kernels | None = None, *, mtp: bool = False) -> Form | None:
+    """The form of a model for passes of a few rows; None where another than `plain_form` does not pay.
+
+    It pays for a small model of unrolled layers in float32, on a CPU, on a mesh of one device; unless `kernels` names
+    a form of the experts. `mtp` is for batches, in which the MTP layer has more rows than one to draft as well.
+    """
+    if (kernels and kernels.experts) or not _suits(model):
+        return None
     weights = _matrices(model)
-    if (kernels and kernels.experts) or not _pays(model, weights.values()):
-        return plain, plain
-    source, made = _MADE.get(model, ([], plain))
-    if len(source) != len(plain.leaves) or any(a is not b for a, b in zip(source, plain.leaves, strict=True)):
-        turned = {name: _turned(weight) for name, weight in weights.items()}
-        changed = map_weights(lambda name, weight: turned.get(name, weight.get_raw_value()), model)
-        made = Form(*jax.tree.flatten(changed))
-        _MADE[model] = plain.leaves, made
-    return plain, made
+    if not all(map(_is_plain, weights.values())) or sum(map(_size, weights.values())) > MAX_PARAMETERS:
+        return None
+    leaves = plain_form(model).leaves
+    made = _MADE.get(model)
+    if made is None or not made.is_of(leaves):
+        made = _MADE[model] = _Made(leaves)
+    if mtp not in made.forms:
+        chosen = {name: weight for name, weight in weights.items() if mtp or not name.startswith("mtp.")}
+        made.turned.update({n: _turned(weight) for n, weight in chosen.items() if n not in made.turned})
+        changed = map_weights(
+            lambda name, weight: made.turned[name] if name in chosen else weight.get_raw_value(), model
+        )
+        made.forms[mtp] = Form(*jax.tree.flatten(changed))
+    return made.forms[mtp]
 
 
 def are_few(rows: int) -> bool:
@@ -67,20 +98,27 @@ def _turned(weight: Weight) -> TurnedArray:
 
 
 def _matrices(model: Transformer) -> dict[str, Weight]:
-    """The weights that may be turned round, by their names."""
-    found = {} if model.head is None else {"head.weight": model.head.weight}
-    for group in ("dense", "moe"):
-        for name, weight in weights_by_name(getattr(model, group)).items():
-            # Latent attention multiplies by the matrix from the latent vector head by head as well.
-            if weight.inputs and "latent" not in weight.axes:
-                found[f"{group}.{name}"] = weight
+    """The weights that may be turned round, by their names: all that go through `layers.linear` alone."""
+    found = {}
+    for name, weight in weights_by_name(model).items():
+        # Latent attention multiplies by the matrix from the latent vector head by head as well.
+        if name in ("head.weight", "mtp.projection") or (weight.inputs and "latent" not in weight.axes):
+            found[name] = weight
     return found
 
 
-def _pays(model: Transformer, weights: Collection[Weight]) -> bool:
-    """Whether a model is one whose weights are worth turning round."""
-    arrays = [weight.get_raw_value() for weight in weights]
-    if any(map(layer_axis, weights)) or not all(isinstance(a, jax.Array) and a.dtype == jnp.float32 for a in arrays):
+def _suits(model: Transformer) -> bool:
+    """Whether the arrays of a model are such as may be turned round; quick to tell, as of most they are not."""
+    if not _is_plain(model.embedding.weight):
         return False
-    mesh = model.mesh
-    return platform(mesh) == "cpu" and mesh.size == 1 and sum(a.size for a in arrays) <= MAX_PARAMETERS
+    return platform(model.mesh) == "cpu" and model.mesh.size == 1
+
+
+def _is_plain(weight: Weight) -> bool:
+    """Whether a weight is one array in float32, of one layer."""
+    value = weight.get_raw_value()
+    return isinstance(value, jax.Array) and value.dtype == jnp.float32 and not layer_axis(weight)
+
+
+def _size(weight: Weight) -> int:
+    return math.prod(weight.get_raw_value().shape)

@@ -17,7 +17,7 @@ from glm_jax.inference.speculative import Speculator
 from glm_jax.layers.experts import IMPLEMENTATIONS, turned_experts
 from glm_jax.layers.step import Kernels
 from glm_jax.model import Transformer
-from glm_jax.sharding import TurnedArray, make_mesh, map_weights, weights_by_name
+from glm_jax.sharding import QuantizedArray, TurnedArray, make_mesh, map_weights, weights_by_name
 from glm_jax.sharding import turned as turned_array
 
 ONE = {"devices": jax.devices()[:1]}
@@ -89,23 +89,26 @@ def small(name: str) -> configs.ModelConfig:
     return dataclasses.replace(base, attention=attention, moe=moe)
 
 
-def other_form(model: Transformer) -> Transformer | None:
-    """The model as it is for passes of a few rows; None if it is the same."""
-    plain, few = turned.forms(model)
-    return None if few is plain else jax.tree.unflatten(few.structure, few.leaves)
+def other_form(model: Transformer, *, mtp: bool = False) -> Transformer | None:
+    """The model as it is for passes of a few rows; None if it has no form of its own for them."""
+    few = turned.few_rows_form(model, mtp=mtp)
+    return None if few is None else jax.tree.unflatten(few.structure, few.leaves)
 
 
+@pytest.mark.parametrize("mtp", [False, True])
 @pytest.mark.parametrize("name", ["tiny-glm", "tied", "deepseek-v3"])
-def test_passes_of_few_rows_are_those_of_the_model(name):
+def test_passes_of_few_rows_are_those_of_the_model(name, mtp):
     model = family(name)
-    few = other_form(model)
+    few = other_form(model, mtp=mtp)
     assert few is not None
     changed = {name for name, weight in weights_by_name(few).items() if isinstance(weight.get_raw_value(), TurnedArray)}
-    assert changed and not any(key.startswith(("mtp", "embedding")) or key.endswith("kv_b") for key in changed)
+    assert changed and not any(key.startswith("embedding") or key.endswith("kv_b") for key in changed)
+    assert any(key.startswith("mtp.") for key in changed) == mtp
     assert ("head.weight" in changed) == (model.head is not None)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 3))
-    expected, ours = model(tokens).logits, few(tokens).logits
-    np.testing.assert_allclose(ours, expected, atol=1e-4 * float(jnp.std(expected)))
+    expected, ours = model(tokens, mtp=True), few(tokens, mtp=True)
+    for one, other in ((ours.logits, expected.logits), (ours.mtp_logits, expected.mtp_logits)):
+        np.testing.assert_allclose(one, other, atol=1e-4 * float(jnp.std(other)))
 
 
 @pytest.mark.parametrize("name", ["tiny-glm", "tied", "deepseek-v3"])
@@ -124,7 +127,7 @@ def test_which_passes_have_few_rows():
     assert [turned.are_few(count) for count in rows] == [False, True, True, False]
 
 
-@pytest.mark.parametrize("why", ["stacked", "bfloat16", "devices", "large", "abstract"])
+@pytest.mark.parametrize("why", ["stacked", "bfloat16", "devices", "large", "abstract", "quantised"])
 def test_models_that_keep_their_weights_as_they_are(why, monkeypatch):
     config = configs.get("tiny-glm")
     if why == "abstract":
@@ -136,25 +139,36 @@ def test_models_that_keep_their_weights_as_they_are(why, monkeypatch):
     model = Transformer.create(
         config, mesh=mesh, stacked=why == "stacked", dtype="bfloat16" if why == "bfloat16" else None
     )
+    if why == "quantised":
+
+        def quantise(name, weight):
+            value = weight.get_raw_value()
+            if not name.endswith("experts.down"):
+                return value
+            return QuantizedArray(value.astype(jnp.int8), jnp.ones(value.shape[:-1], jnp.float32))
+
+        model = map_weights(quantise, model)
     assert other_form(model) is None
 
 
 def test_a_form_of_the_experts_that_is_named_is_the_one_that_runs():
     model = tiny()
     for kernels, one in ((Kernels(), False), (Kernels(experts="dense"), True)):
-        plain, few = turned.forms(model, kernels)
-        assert (plain is few) == one
+        assert (turned.few_rows_form(model, kernels) is None) == one
 
 
 def test_they_are_made_once_and_again_when_a_weight_changes():
     model = tiny()
-    first = turned.forms(model)[1]
-    assert turned.forms(model)[1] is first
-    assert Runner(model)._few is Speculator(model, 1)._few
+    first = turned.few_rows_form(model)
+    assert first is not None and turned.few_rows_form(model) is first
+    assert Runner(model)._few.leaves is Speculator(model, 1)._for_batch(1).leaves is first.leaves
+    both = turned.few_rows_form(model, mtp=True)
+    assert both is not None and Speculator(model, 1)._for_batch(2).leaves is both.leaves
+    assert {id(leaf) for leaf in first.leaves} & {id(leaf) for leaf in both.leaves}  # one copy of the main weights
     prompts = [[1, 2, 3], [4, 5]]
     before = generate(model, prompts, max_new_tokens=8, speculative=1)
     model.head.weight.set_value(jnp.flip(model.head.weight.get_raw_value(), axis=0))
-    assert turned.forms(model)[1] is not first
+    assert turned.few_rows_form(model) is not first
     after = generate(model, prompts, max_new_tokens=8, speculative=1)
     assert after == generate(model, prompts, max_new_tokens=8)
     last = model.config.vocab_size - 1
@@ -163,7 +177,7 @@ def test_they_are_made_once_and_again_when_a_weight_changes():
 
 def test_they_go_with_their_model():
     model = tiny()
-    turned.forms(model)
+    turned.few_rows_form(model)
     held = len(turned._MADE)
     del model
     gc.collect()
