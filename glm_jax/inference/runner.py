@@ -50,7 +50,7 @@ class Runner:
         self.mesh = model.mesh
         self._kernels = kernels or Kernels()
         self._plain = self._compiled(plain_form(model))
-        few = few_rows_form(model, kernels)
+        few = few_rows_form(model, self._plain.leaves, kernels)
         self._few = self._plain if few is None else self._compiled(few)
         self.pace = Pace.of(self.mesh)
 

@@ -104,7 +104,7 @@ class Speculator:
             return self._plain
         mtp = batch > 1
         if mtp not in self._few:
-            form = few_rows_form(self.model, self._kernels, mtp=mtp)
+            form = few_rows_form(self.model, self._plain.leaves, self._kernels, mtp=mtp)
             self._few[mtp] = self._plain if form is None else self._compiled(form)
         return self._few[mtp]
 

@@ -56,22 +56,24 @@ def plain_form(model: Transformer) -> Form:
     return Form(*jax.tree.flatten(model))
 
 
-def few_rows_form(model: Transformer, kernels: Kernels | None = None, *, mtp: bool = False) -> Form | None:
-    """The form of a model for passes of a few rows; None where another than `plain_form` does not pay.
+def few_rows_form(
+    model: Transformer, leaves: list[Any], kernels: Kernels | None = None, *, mtp: bool = False
+) -> Form | None:
+    """The form of a model of these leaves for passes of a few rows; None where another than its own does not pay.
 
     It pays for a small model of unrolled layers in float32, on a CPU, on a mesh of one device; unless `kernels` names
     a form of the experts. `mtp` is for batches, in which the MTP layer has more rows than one to draft as well.
     """
     if (kernels and kernels.experts) or not _suits(model):
         return None
-    weights = _matrices(model)
-    if not all(map(_is_plain, weights.values())) or sum(map(_size, weights.values())) > MAX_PARAMETERS:
-        return None
-    leaves = plain_form(model).leaves
     made = _MADE.get(model)
     if made is None or not made.is_of(leaves):
-        made = _MADE[model] = _Made(leaves)
+        made = _Made(leaves)
     if mtp not in made.forms:
+        weights = _matrices(model)
+        if not all(map(_is_plain, weights.values())) or sum(map(_size, weights.values())) > MAX_PARAMETERS:
+            return None
+        _MADE[model] = made
         chosen = {name: weight for name, weight in weights.items() if mtp or not name.startswith("mtp.")}
         made.turned.update({n: _turned(weight) for n, weight in chosen.items() if n not in made.turned})
         changed = map_weights(

@@ -89,9 +89,13 @@ def small(name: str) -> configs.ModelConfig:
     return dataclasses.replace(base, attention=attention, moe=moe)
 
 
+def form(model: Transformer, kernels: Kernels | None = None, *, mtp: bool = False) -> turned.Form | None:
+    return turned.few_rows_form(model, turned.plain_form(model).leaves, kernels, mtp=mtp)
+
+
 def other_form(model: Transformer, *, mtp: bool = False) -> Transformer | None:
     """The model as it is for passes of a few rows; None if it has no form of its own for them."""
-    few = turned.few_rows_form(model, mtp=mtp)
+    few = form(model, mtp=mtp)
     return None if few is None else jax.tree.unflatten(few.structure, few.leaves)
 
 
@@ -154,21 +158,21 @@ def test_models_that_keep_their_weights_as_they_are(why, monkeypatch):
 def test_a_form_of_the_experts_that_is_named_is_the_one_that_runs():
     model = tiny()
     for kernels, one in ((Kernels(), False), (Kernels(experts="dense"), True)):
-        assert (turned.few_rows_form(model, kernels) is None) == one
+        assert (form(model, kernels) is None) == one
 
 
 def test_they_are_made_once_and_again_when_a_weight_changes():
     model = tiny()
-    first = turned.few_rows_form(model)
-    assert first is not None and turned.few_rows_form(model) is first
+    first = form(model)
+    assert first is not None and form(model) is first
     assert Runner(model)._few.leaves is Speculator(model, 1)._for_batch(1).leaves is first.leaves
-    both = turned.few_rows_form(model, mtp=True)
+    both = form(model, mtp=True)
     assert both is not None and Speculator(model, 1)._for_batch(2).leaves is both.leaves
     assert {id(leaf) for leaf in first.leaves} & {id(leaf) for leaf in both.leaves}  # one copy of the main weights
     prompts = [[1, 2, 3], [4, 5]]
     before = generate(model, prompts, max_new_tokens=8, speculative=1)
     model.head.weight.set_value(jnp.flip(model.head.weight.get_raw_value(), axis=0))
-    assert turned.few_rows_form(model) is not first
+    assert form(model) is not first
     after = generate(model, prompts, max_new_tokens=8, speculative=1)
     assert after == generate(model, prompts, max_new_tokens=8)
     last = model.config.vocab_size - 1
@@ -177,7 +181,7 @@ def test_they_are_made_once_and_again_when_a_weight_changes():
 
 def test_they_go_with_their_model():
     model = tiny()
-    turned.few_rows_form(model)
+    form(model)
     held = len(turned._MADE)
     del model
     gc.collect()
