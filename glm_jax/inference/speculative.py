@@ -28,6 +28,8 @@ from glm_jax.model import Cache, Transformer, create_cache
 from glm_jax.sharding import ahead, take_position
 from glm_jax.sharding.distributed import to_host
 
+ROUNDS_IN_FLIGHT = 2  # single rounds, each longer than what happens between two; the second may be behind the end
+
 
 class SpeculativeState(NamedTuple):
     """Where a batch of sequences stands.
@@ -65,6 +67,8 @@ class Speculator:
         self._plain = self._compiled(plain_form(model))
         self._few: dict[bool, _Compiled] = {}
         pace = Pace.of(self.mesh)
+        if not pace.fused:
+            pace = dataclasses.replace(pace, in_flight=ROUNDS_IN_FLIGHT)
         self.pace = pace if fused is None else dataclasses.replace(pace, fused=fused)
 
     def prefill(self, prompts: list[list[int]], *, padded_length: int, room: int) -> SpeculativeState:
