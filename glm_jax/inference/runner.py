@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from glm_jax.inference.sampling import Sampler
-from glm_jax.inference.turned import Form, are_few, few_rows_form, plain_form
+from glm_jax.inference.turned import Forms
 from glm_jax.layers.step import Kernels
 from glm_jax.model import Cache, Transformer, abstract_cache, create_cache
 from glm_jax.sharding import batch_sharding, take_position
@@ -48,10 +48,7 @@ class Runner:
     def __init__(self, model: Transformer, *, kernels: Kernels | None = None) -> None:
         self.model = model
         self.mesh = model.mesh
-        self._kernels = kernels or Kernels()
-        self._plain = self._compiled(plain_form(model))
-        few = few_rows_form(model, self._plain.leaves, kernels)
-        self._few = self._plain if few is None else self._compiled(few)
+        self._forms = Forms(model, kernels, functools.partial(_programs, kernels=kernels or Kernels()))
         self.pace = Pace.of(self.mesh)
 
     def prefill(self, prompts: list[list[int]], sampler: Sampler, *, padded_length: int, room: int) -> DecodeState:
@@ -59,7 +56,8 @@ class Runner:
         placed = place_prompts(self.model, prompts, padded_length)
         with jax.set_mesh(self.mesh):
             cache = create_cache(self.model, len(prompts), room)
-            return self._plain.programs.prefill(self._plain.leaves, *placed, cache, sampler)
+            leaves, programs = self._forms.plain
+            return programs.prefill(leaves, *placed, cache, sampler)
 
     def decode(self, state: DecodeState, sampler: Sampler, *, steps: int) -> tuple[DecodeState, np.ndarray]:
         """Take `steps` decode steps; returns the new state and the new tokens int32 [steps, B]. Donates the state."""
@@ -68,7 +66,7 @@ class Runner:
 
     def start(self, state: DecodeState, sampler: Sampler, *, steps: int) -> tuple[DecodeState, list[jax.Array]]:
         """As `decode`, but without waiting for the tokens: `fetch` makes them an array."""
-        leaves, programs = self._few if are_few(state.tokens.size) else self._plain
+        leaves, programs = self._forms.of(state.tokens.size)
         with jax.set_mesh(self.mesh):
             if self.pace.fused:
                 after, tokens = programs.decode(leaves, *state, sampler, steps)
@@ -86,7 +84,7 @@ class Runner:
     def lower_prefill(self, batch: int, sampler: Sampler, *, padded_length: int, room: int) -> Any:
         """What `prefill` compiles for so many prompts, lowered; the model may be abstract."""
         tokens, lengths = abstract_prompts(self.model, batch, padded_length)
-        leaves, programs = self._plain
+        leaves, programs = self._forms.plain
         with jax.set_mesh(self.mesh):
             cache = abstract_cache(self.model, batch, room)
             return programs.prefill.lower(leaves, tokens, lengths, cache, sampler)
@@ -94,15 +92,12 @@ class Runner:
     def lower_decode(self, batch: int, sampler: Sampler, *, steps: int, room: int) -> Any:
         """What `decode` compiles for so many sequences, lowered; the model may be abstract."""
         _, each = abstract_prompts(self.model, batch, room)
-        leaves, programs = self._plain
+        leaves, programs = self._forms.plain
         with jax.set_mesh(self.mesh):
             cache = abstract_cache(self.model, batch, room)
             if self.pace.fused:
                 return programs.decode.lower(leaves, cache, each, each, sampler, steps)
             return programs.decode_one.lower(leaves, cache, each, each, sampler)
-
-    def _compiled(self, form: Form) -> Compiled:
-        return Compiled(form.leaves, _programs(form.structure, self._kernels))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,13 +152,6 @@ class Programs(NamedTuple):
     prefill: Any
     decode: Any
     decode_one: Any
-
-
-class Compiled(NamedTuple):
-    """A form of a model: its leaves, and the programs that take them."""
-
-    leaves: list[Any]
-    programs: Programs
 
 
 @functools.lru_cache(maxsize=16)

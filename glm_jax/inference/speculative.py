@@ -22,7 +22,7 @@ import numpy as np
 
 from glm_jax.inference.runner import Pace, place_prompts
 from glm_jax.inference.sampling import likeliest
-from glm_jax.inference.turned import Form, are_few, few_rows_form, plain_form
+from glm_jax.inference.turned import Forms
 from glm_jax.layers.step import Kernels
 from glm_jax.model import Cache, Transformer, create_cache
 from glm_jax.sharding import ahead, take_position
@@ -63,9 +63,8 @@ class Speculator:
     ) -> None:
         self.model, self.drafts = model, drafts
         self.mesh = model.mesh
-        self._kernels = kernels or Kernels()
-        self._plain = self._compiled(plain_form(model))
-        self._few: dict[bool, _Compiled] = {}
+        programs = functools.partial(_programs, kernels=kernels or Kernels(), count=drafts)
+        self._forms = Forms(model, kernels, programs)
         pace = Pace.of(self.mesh)
         if not pace.fused:
             pace = dataclasses.replace(pace, in_flight=ROUNDS_IN_FLIGHT)
@@ -76,7 +75,8 @@ class Speculator:
         placed = place_prompts(self.model, prompts, padded_length)
         with jax.set_mesh(self.mesh):
             cache = create_cache(self.model, len(prompts), room, mtp=True)
-            return SpeculativeState(*self._plain.programs.prefill(self._plain.leaves, *placed, cache))
+            leaves, programs = self._forms.plain
+            return SpeculativeState(*programs.prefill(leaves, *placed, cache))
 
     def decode(self, state: SpeculativeState, *, rounds: int) -> tuple[SpeculativeState, np.ndarray, np.ndarray]:
         """Take `rounds` rounds. Donates the state.
@@ -90,7 +90,8 @@ class Speculator:
 
     def start(self, state: SpeculativeState, *, rounds: int) -> tuple[SpeculativeState, list[Taken]]:
         """As `decode`, but without waiting for the tokens: `fetch` makes them arrays."""
-        leaves, programs = self._for_batch(state.tokens.size)
+        batch = state.tokens.size
+        leaves, programs = self._forms.of(batch * (self.drafts + 1), mtp=batch > 1)
         with jax.set_mesh(self.mesh):
             if self.pace.fused:
                 after, chosen, accepted = programs.decode(leaves, *state, rounds)
@@ -101,19 +102,6 @@ class Speculator:
                 state = SpeculativeState(*after)
                 taken.append((chosen, accepted))
             return state, taken
-
-    def _for_batch(self, batch: int) -> _Compiled:
-        """The form for rounds of so many sequences."""
-        if not are_few(batch * (self.drafts + 1)):
-            return self._plain
-        mtp = batch > 1
-        if mtp not in self._few:
-            form = few_rows_form(self.model, self._plain.leaves, self._kernels, mtp=mtp)
-            self._few[mtp] = self._plain if form is None else self._compiled(form)
-        return self._few[mtp]
-
-    def _compiled(self, form: Form) -> _Compiled:
-        return _Compiled(form.leaves, _programs(form.structure, self._kernels, self.drafts))
 
     def fetch(self, taken: list[Taken]) -> tuple[np.ndarray, np.ndarray]:
         """What rounds that were started chose, int32 [rounds, B, k + 1], and accepted, int32 [rounds, B]."""
@@ -128,11 +116,6 @@ class _Programs(NamedTuple):
     prefill: Any
     round: Any
     decode: Any
-
-
-class _Compiled(NamedTuple):
-    leaves: list[Any]
-    programs: _Programs
 
 
 @functools.lru_cache(maxsize=16)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import weakref
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from glm_jax.sharding import TurnedArray, Weight, layer_axis, map_weights, platf
 
 MAX_PARAMETERS = 2**22  # 16 MiB of float32: they, or most of them, stay in a CPU's cache
 MAX_ROWS = 32  # up to here all experts of a layer cost no more than those chosen
+
+Programs = TypeVar("Programs")
 
 
 class Form(NamedTuple):
@@ -81,6 +84,35 @@ def few_rows_form(
         )
         made.forms[mtp] = Form(*jax.tree.flatten(changed))
     return made.forms[mtp]
+
+
+class Compiled(NamedTuple, Generic[Programs]):
+    """A form of a model: its leaves, and the programs that take them."""
+
+    leaves: list[Any]
+    programs: Programs
+
+
+class Forms(Generic[Programs]):
+    """The forms of one model with their programs, each made when a pass first asks for it."""
+
+    def __init__(self, model: Transformer, kernels: Kernels | None, programs: Callable[[Any], Programs]) -> None:
+        """`programs` makes those of a structure."""
+        self._model, self._kernels, self._programs = model, kernels, programs
+        self.plain = self._compiled(plain_form(model))
+        self._few: dict[bool, Compiled[Programs]] = {}
+
+    def of(self, rows: int, *, mtp: bool = False) -> Compiled[Programs]:
+        """The form for passes of so many rows; `mtp` is that of `few_rows_form`."""
+        if not are_few(rows):
+            return self.plain
+        if mtp not in self._few:
+            form = few_rows_form(self._model, self.plain.leaves, self._kernels, mtp=mtp)
+            self._few[mtp] = self.plain if form is None else self._compiled(form)
+        return self._few[mtp]
+
+    def _compiled(self, form: Form) -> Compiled[Programs]:
+        return Compiled(form.leaves, self._programs(form.structure))
 
 
 def are_few(rows: int) -> bool:

@@ -165,9 +165,9 @@ def test_they_are_made_once_and_again_when_a_weight_changes():
     model = tiny()
     first = form(model)
     assert first is not None and form(model) is first
-    assert Runner(model)._few.leaves is Speculator(model, 1)._for_batch(1).leaves is first.leaves
+    assert Runner(model)._forms.of(2).leaves is Speculator(model, 1)._forms.of(2).leaves is first.leaves
     both = form(model, mtp=True)
-    assert both is not None and Speculator(model, 1)._for_batch(2).leaves is both.leaves
+    assert both is not None and Speculator(model, 1)._forms.of(4, mtp=True).leaves is both.leaves
     assert {id(leaf) for leaf in first.leaves} & {id(leaf) for leaf in both.leaves}  # one copy of the main weights
     prompts = [[1, 2, 3], [4, 5]]
     before = generate(model, prompts, max_new_tokens=8, speculative=1)
