@@ -11,7 +11,7 @@ from glm_jax.inference.acceptance import Acceptance
 from glm_jax.inference.config import Sampling, check_prompts, check_speculative
 from glm_jax.inference.runner import Runner
 from glm_jax.inference.sampling import Sampler
-from glm_jax.inference.speculative import Speculator, Taken
+from glm_jax.inference.speculative import Speculator
 from glm_jax.layers.step import Kernels
 from glm_jax.model import Transformer
 from glm_jax.sharding.distributed import to_host
@@ -143,7 +143,7 @@ def _speculate(
     first = to_host(state.tokens)
     yield [s.take([token]) for s, token in zip(sequences, first, strict=True)], Acceptance.none(drafts)
     rounds = -(-steps_per_call // (drafts + 1)) if speculator.pace.fused else 1
-    in_flight: collections.deque[list[Taken]] = collections.deque()
+    in_flight: collections.deque[list[jax.Array]] = collections.deque()
     while left := max(sequence.left for sequence in sequences):
         # Those on their way count for all that they can give: most do.
         while len(in_flight) < speculator.pace.in_flight and len(in_flight) * rounds * (drafts + 1) < left:

@@ -48,7 +48,7 @@ class Runner:
     def __init__(self, model: Transformer, *, kernels: Kernels | None = None) -> None:
         self.model = model
         self.mesh = model.mesh
-        self._forms = Forms(model, kernels, functools.partial(_programs, kernels=kernels or Kernels()))
+        self._forms = Forms(model, functools.partial(_programs, kernels=kernels or Kernels()))
         self.pace = Pace.of(self.mesh)
 
     def prefill(self, prompts: list[list[int]], sampler: Sampler, *, padded_length: int, room: int) -> DecodeState:

@@ -15,7 +15,6 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from glm_jax.layers.step import Kernels
 from glm_jax.model import Transformer
 from glm_jax.sharding import TurnedArray, Weight, layer_axis, map_weights, platform, weights_by_name
 
@@ -38,17 +37,27 @@ class _Made:
 
     Attributes:
         source: the leaves that it was made of.
-        turned: weights by name.
+        turned: weights by name, those together that are multiplied together.
         forms: with the weights of the MTP layer turned round and without.
     """
 
     source: list[Any]
-    turned: dict[str, TurnedArray] = dataclasses.field(default_factory=dict)
+    turned: dict[tuple[str, ...], dict[str, TurnedArray]] = dataclasses.field(default_factory=dict)
     forms: dict[bool, Form] = dataclasses.field(default_factory=dict)
 
     def is_of(self, leaves: list[Any]) -> bool:
         """Whether the leaves are still those of the model."""
         return len(self.source) == len(leaves) and all(a is b for a, b in zip(self.source, leaves, strict=True))
+
+    def of(self, group: dict[str, Weight]) -> dict[str, TurnedArray]:
+        """Weights of one product, turned round."""
+        names = tuple(group)
+        if names not in self.turned:
+            arrays = [weight.get_raw_value() for weight in group.values()]
+            count = max(1, next(iter(group.values())).inputs)
+            inputs = tuple(range(arrays[0].ndim - count, arrays[0].ndim))
+            self.turned[names] = dict(zip(names, TurnedArray.together(arrays, inputs), strict=True))
+        return self.turned[names]
 
 
 _MADE: weakref.WeakKeyDictionary[Transformer, _Made] = weakref.WeakKeyDictionary()
@@ -59,15 +68,13 @@ def plain_form(model: Transformer) -> Form:
     return Form(*jax.tree.flatten(model))
 
 
-def few_rows_form(
-    model: Transformer, leaves: list[Any], kernels: Kernels | None = None, *, mtp: bool = False
-) -> Form | None:
+def few_rows_form(model: Transformer, leaves: list[Any], *, mtp: bool = False) -> Form | None:
     """The form of a model of these leaves for passes of a few rows; None where another than its own does not pay.
 
-    It pays for a small model of unrolled layers in float32, on a CPU, on a mesh of one device; unless `kernels` names
-    a form of the experts. `mtp` is for batches, in which the MTP layer has more rows than one to draft as well.
+    It pays for a small model of unrolled layers in float32, on a CPU, on a mesh of one device. `mtp` is for batches, in
+    which the MTP layer has more rows than one to draft as well.
     """
-    if (kernels and kernels.experts) or not _suits(model):
+    if not _suits(model):
         return None
     made = _MADE.get(model)
     if made is None or not made.is_of(leaves):
@@ -77,11 +84,9 @@ def few_rows_form(
         if not all(map(_is_plain, weights.values())) or sum(map(_size, weights.values())) > MAX_PARAMETERS:
             return None
         _MADE[model] = made
-        chosen = {name: weight for name, weight in weights.items() if mtp or not name.startswith("mtp.")}
-        made.turned.update({n: _turned(weight) for n, weight in chosen.items() if n not in made.turned})
-        changed = map_weights(
-            lambda name, weight: made.turned[name] if name in chosen else weight.get_raw_value(), model
-        )
+        chosen = {name: weight for name, weight in weights.items() if mtp or _sees_all_rows(name, weight)}
+        turned = {name: array for group in _groups(chosen) for name, array in made.of(group).items()}
+        changed = map_weights(lambda name, weight: turned.get(name, weight.get_raw_value()), model)
         made.forms[mtp] = Form(*jax.tree.flatten(changed))
     return made.forms[mtp]
 
@@ -96,9 +101,9 @@ class Compiled(NamedTuple, Generic[Programs]):
 class Forms(Generic[Programs]):
     """The forms of one model with their programs, each made when a pass first asks for it."""
 
-    def __init__(self, model: Transformer, kernels: Kernels | None, programs: Callable[[Any], Programs]) -> None:
+    def __init__(self, model: Transformer, programs: Callable[[Any], Programs]) -> None:
         """`programs` makes those of a structure."""
-        self._model, self._kernels, self._programs = model, kernels, programs
+        self._model, self._programs = model, programs
         self.plain = self._compiled(plain_form(model))
         self._few: dict[bool, Compiled[Programs]] = {}
 
@@ -107,7 +112,7 @@ class Forms(Generic[Programs]):
         if not are_few(rows):
             return self.plain
         if mtp not in self._few:
-            form = few_rows_form(self._model, self.plain.leaves, self._kernels, mtp=mtp)
+            form = few_rows_form(self._model, self.plain.leaves, mtp=mtp)
             self._few[mtp] = self.plain if form is None else self._compiled(form)
         return self._few[mtp]
 
@@ -120,25 +125,36 @@ def are_few(rows: int) -> bool:
     return 1 < rows <= MAX_ROWS
 
 
-def _turned(weight: Weight) -> TurnedArray:
-    """One weight turned round: those of all experts of a layer as one matrix, for products with all of them."""
-    array = weight.get_raw_value()
-    inputs = tuple(range(array.ndim - max(1, weight.inputs), array.ndim))
-    if weight.axes[0] != "expert":
-        return TurnedArray.of(array, inputs)
-    if weight.axes[1] == "embed":  # down: its product sums over the experts as well
-        return TurnedArray.of(array, (0, *inputs))
-    return TurnedArray.of(array, inputs, outputs=(1, 0, 2))  # the gates of all experts, then the rest
+def _groups(weights: dict[str, Weight]) -> list[dict[str, Weight]]:
+    """The weights, those together that multiply the same rows: q, k and v of an attention, in this order.
+
+    The MTP layer asks with one row and has keys and values of all.
+    """
+    groups: dict[str, dict[str, Weight]] = {}
+    for name, weight in sorted(weights.items(), key=lambda item: not item[0].endswith(".q")):
+        asks = name.endswith(".q") and not name.startswith("mtp.")
+        together = asks or weight.axes[0] == "kv_heads"
+        groups.setdefault(name.rpartition(".")[0] if together else name, {})[name] = weight
+    return list(groups.values())
 
 
 def _matrices(model: Transformer) -> dict[str, Weight]:
-    """The weights that may be turned round, by their names: all that go through `layers.linear` alone."""
+    """The weights that may be turned round, by their names: all that go through `layers.linear` alone.
+
+    Routed experts do not: they are multiplied choice by choice, a row at a time.
+    """
     found = {}
     for name, weight in weights_by_name(model).items():
         # Latent attention multiplies by the matrix from the latent vector head by head as well.
-        if name in ("head.weight", "mtp.projection") or (weight.inputs and "latent" not in weight.axes):
+        plain = weight.inputs and not {"latent", "expert"} & set(weight.axes)
+        if plain or name in ("head.weight", "mtp.projection"):
             found[name] = weight
     return found
+
+
+def _sees_all_rows(name: str, weight: Weight) -> bool:
+    """Whether a pass multiplies all of its rows by a weight, though the MTP layer drafts from one row."""
+    return not name.startswith("mtp.") or name == "mtp.projection" or weight.axes[0] == "kv_heads"
 
 
 def _suits(model: Transformer) -> bool:

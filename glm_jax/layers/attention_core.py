@@ -15,7 +15,10 @@ import jax.numpy as jnp
 from glm_jax.layers.linear import precision_of
 from glm_jax.sharding import axes_of, local_call, platform, reshape, spec_of
 
-MAX_VECTORS = 4  # queries of a group up to which they are taken one by one on a CPU
+MAX_VECTORS = 2  # queries of a group up to which they are taken one by one on a CPU
+MAX_KEYS_FIRST = 8  # and up to which the keys are the left side of a product
+LANES = 32  # keys of a row that a CPU reduces side by side
+MAX_LANE_ROWS = 4  # queries of a group up to which that is faster
 CAUSAL_PARTS = 4  # parts of a prompt that each see the keys up to their end: 5/8 of all pairs are computed
 MIN_CAUSAL = 256  # queries from which that is worth a program of more parts
 QUERY_BLOCK = 512  # rows of scores held at a time: 96 heads x 512 x 8192 keys in float32 are 1.6 GB a sequence
@@ -130,12 +133,32 @@ def _attend_block(q: jax.Array, last_key: jax.Array, *, k: jax.Array, v: jax.Arr
     (batch, length, heads, _), (kv_heads, keys) = q.shape, k.shape[1:3]
     group, v = heads // kv_heads, v.astype(q.dtype)
     scores = _masked_scores(q, k, last_key, scale=scale)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    weights = _softmax(scores).astype(q.dtype)
     weights = reshape(weights, (batch, kv_heads, group * length, keys), layout=(0, 1, 2, None))
     out = jnp.matmul(weights, v, precision=precision_of(q.dtype))
     out = reshape(out, (batch, kv_heads, group, length, v.shape[-1]), layout=(0, 1, 2, None, None))
     out_heads = 3 if kv_heads == 1 and not axes_of(k, 1) else 2
     return reshape(out.transpose(0, 3, 1, 2, 4), (batch, length, heads, v.shape[-1]), layout=(0, 1, out_heads, None))
+
+
+def _softmax(scores: jax.Array) -> jax.Array:
+    """Softmax over the keys of scores [B, K, G, T, S]."""
+    rows, keys = scores.shape[2] * scores.shape[3], scores.shape[4]
+    if platform() != "cpu" or rows > MAX_LANE_ROWS or keys % LANES:
+        return jax.nn.softmax(scores, axis=-1)
+
+    def by_lanes(scores: jax.Array) -> jax.Array:
+        highest = _reduce_lanes(jnp.max, jax.lax.stop_gradient(scores))
+        weights = jax.lax.optimization_barrier(jnp.exp(scores - highest))
+        return weights / _reduce_lanes(jnp.sum, weights)
+
+    return local_call(by_lanes, scores, layout=[(scores, dimension) for dimension in range(scores.ndim)])
+
+
+def _reduce_lanes(reduce: Callable[..., jax.Array], scores: jax.Array) -> jax.Array:
+    """A maximum or sum over the keys, [..., 1]: of LANES at a time first, which XLA's CPU backend does with vectors."""
+    lanes = scores.reshape(*scores.shape[:-1], -1, LANES)
+    return reduce(jax.lax.optimization_barrier(reduce(lanes, axis=-2)), axis=-1, keepdims=True)
 
 
 def _scores(rows: jax.Array, k: jax.Array) -> jax.Array:
@@ -146,8 +169,13 @@ def _scores(rows: jax.Array, k: jax.Array) -> jax.Array:
         each = [jnp.einsum("bkh,bksh->bks", rows[:, :, row], k, **options) for row in range(rows.shape[2])]
         return jnp.stack(each, axis=2)
 
-    if rows.shape[2] <= MAX_VECTORS and platform() == "cpu":
-        # XLA's CPU backend repacks the keys for a product of matrices; a vector at a time it reads them as they are.
-        return local_call(by_vectors, rows, k, layout=[(rows, 0), (rows, 1), (rows, 2), (k, 2)])
+    def by_keys(rows: jax.Array, k: jax.Array) -> jax.Array:
+        return jax.lax.optimization_barrier(jnp.einsum("bksh,bkrh->bksr", k, rows, **options)).swapaxes(2, 3)
+
+    # XLA's CPU backend repacks the right side of a product of matrices: a vector at a time it reads the keys as they
+    # are, and of a few it repacks these.
+    if rows.shape[2] <= MAX_KEYS_FIRST and platform() == "cpu":
+        few = by_vectors if rows.shape[2] <= MAX_VECTORS else by_keys
+        return local_call(few, rows, k, layout=[(rows, 0), (rows, 1), (rows, 2), (k, 2)])
     # Not a product with transposed keys: a GPU would keep the whole cache transposed and turn it round twice a step.
     return jnp.einsum("bkrh,bksh->bkrs", rows, k, **options)

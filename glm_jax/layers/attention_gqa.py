@@ -11,7 +11,7 @@ from flax import nnx
 from glm_jax.configs import GqaConfig
 from glm_jax.layers.attention_core import attend
 from glm_jax.layers.kv_cache import KvCache, Zeros
-from glm_jax.layers.linear import project, project_reduce
+from glm_jax.layers.linear import project, project_each, project_reduce
 from glm_jax.layers.norm import RmsNorm
 from glm_jax.layers.rope import rotate
 from glm_jax.layers.step import Step
@@ -56,9 +56,13 @@ class GqaAttention(nnx.Module):
         With `only`, one row [B] of each sequence, that one alone asks: [B, 1, D].
         """
         asking = step.only(only)
-        q = _head_project(x if only is None else take_position(x, only), self.q, self.q_bias, self.q_norm)
-        k = _head_project(x, self.k, self.k_bias, self.k_norm)
-        v = _head_project(x, self.v, self.v_bias, None)
+        if only is None:
+            q, k, v = project_each(x, [self.q[...], self.k[...], self.v[...]])
+        else:
+            q = project(take_position(x, only), self.q[...])
+            k, v = project_each(x, [self.k[...], self.v[...]])
+        q, k = _normed(q, self.q_bias, self.q_norm), _normed(k, self.k_bias, self.k_norm)
+        v = _normed(v, self.v_bias, None)
         q, k = rotate(q, asking.rotation), rotate(k, step.rotation)
         k, v = whole(k, 1), whole(v, 1)  # each query needs those of all devices that share its sequence
         if cache is not None:
@@ -80,8 +84,7 @@ class GqaAttention(nnx.Module):
         return KvCache(zeros(shape, axes), zeros(shape, axes))
 
 
-def _head_project(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None, norm: RmsNorm | None) -> jax.Array:
-    heads = project(x, weight[...])
+def _normed(heads: jax.Array, bias: nnx.Param | None, norm: RmsNorm | None) -> jax.Array:
     if bias is not None:
         heads = heads + bias[...].astype(heads.dtype)
     return heads if norm is None else norm(heads)

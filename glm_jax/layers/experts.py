@@ -10,9 +10,7 @@ y[t] = sum over k of weights[t, k] * expert[ids[t, k]](x[t]). The E experts are 
     blocks   rows sorted by expert and padded to blocks, each block with its expert's weights gathered: any platform
     ragged   rows sorted by expert, `lax.ragged_dot`: TPU and training (dense and slow on NVIDIA and CPU)
     switch   a loop over the experts hit with a tight product each: CPU
-    single   each choice by itself, without a loop: a CPU's decode of few sequences through small experts
-
-Weights that are turned round have one of their own, `turned_experts`.
+    single   a loop over all choices: a CPU's decode of few sequences through small experts
 """
 
 from __future__ import annotations
@@ -28,12 +26,12 @@ from glm_jax.layers.experts_switch import single_experts, switch_experts
 from glm_jax.layers.linear import precision_of
 from glm_jax.layers.mlp import swiglu
 from glm_jax.layers.quantized import merge_outputs, weight_einsum
-from glm_jax.sharding import QuantizedArray, TurnedArray, WeightArray, platform
+from glm_jax.sharding import QuantizedArray, WeightArray, platform
 
 Experts = Callable[..., jax.Array]
 MAX_BLOCK_ROWS = 128
 CACHED_PARAMETERS = 2**19  # 2 MiB of float32
-MAX_SINGLE_CHOICES = 16  # of all tokens, that a CPU takes one after the other: each is code of its own
+MAX_SINGLE_CHOICES = 64  # of all tokens, that a CPU takes one after the other
 MAX_DENSE_TOKENS = 512  # of a TPU's decode step, for which grouped products would copy the experts out of the stack
 
 
@@ -54,21 +52,6 @@ def dense_experts(
     return jnp.einsum("etd,te->td", outputs.astype(jnp.float32), weights_TE, precision=lax.Precision.HIGHEST).astype(
         x_TD.dtype
     )
-
-
-def turned_experts(
-    x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, *, gate_up_E2FD: TurnedArray, down_EDF: TurnedArray
-) -> jax.Array:
-    """As `dense_experts`, by two products.
-
-    The first has the gates of all experts before what they let through. The second sums over the experts as well, whose
-    weights are in what it multiplies.
-    """
-    experts, _, width, _ = gate_up_E2FD.shape
-    gate, up = jnp.split(gate_up_E2FD.multiply(x_TD), 2, axis=1)
-    hidden = swiglu(gate, up).reshape(-1, experts, width)
-    hidden = hidden * _weights_of_all(ids_TK, weights_TK.astype(jnp.float32), experts)[:, :, None]
-    return down_EDF.multiply(hidden.reshape(-1, experts * width)).astype(x_TD.dtype)
 
 
 def _weights_of_all(ids_TK: jax.Array, weights_TK: jax.Array, experts: int) -> jax.Array:
@@ -225,17 +208,17 @@ def choose(platform: str, tokens: int, config: MoeConfig, embed_dim: int, *, hel
     """The implementation for a platform (`cpu`, `gpu`, `tpu`), the tokens of a pass, the experts that a device holds.
 
     `fresh` is that of the pass: one that continues sequences has no backward pass. CPU and TPU forms are measured and
-    compiled choices. Of a layer whose experts together fit a CPU's cache, one token decoded goes in a loop, a few
-    choices one after the other, and more tokens through all experts, which is not worth a loop. On GPU a decode batch
+    compiled choices. Of a layer whose experts together fit a CPU's cache, a few choices go one after the other, and the
+    prompts of a training step, which is to have a derivative, through all experts. On GPU a decode batch
     of as many choices as a device holds experts reads all of these once (`dense`), a smaller one those it chose, and
     neither copies any; many more rows go by blocks.
     """
     experts, rows = config.num_experts, tokens * config.num_experts_per_token
     if platform == "cpu":
         cached = 3 * experts * config.expert_width * embed_dim <= CACHED_PARAMETERS
-        if not cached or (tokens == 1 and not fresh):
-            return "switch"
-        return "single" if rows <= MAX_SINGLE_CHOICES else "dense"
+        if cached and rows <= MAX_SINGLE_CHOICES:
+            return "single"
+        return "dense" if cached and fresh else "switch"
     if platform == "tpu":
         return "dense" if rows <= 4 * experts or tokens <= MAX_DENSE_TOKENS else "ragged"
     if rows < held:

@@ -66,16 +66,24 @@ def switch_experts(
 def single_experts(
     x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, *, gate_up_E2FD: WeightArray, down_EDF: WeightArray
 ) -> jax.Array:
-    """As `switch_experts`, each choice of each token one after the other and without a loop: few and small experts."""
+    """As `switch_experts`, each choice of each token by itself: few tokens, and experts that stay in the cache.
+
+    The number of turns is fixed, so this has a derivative.
+    """
     weights = (merge_outputs(gate_up_E2FD, 1, 2), down_EDF)
-    local = _is_local(ids_TK, down_EDF.shape[0])
-    ids, shares = jnp.where(local, ids_TK, 0), jnp.where(local, weights_TK.astype(jnp.float32), 0.0)
-    rows = []
-    for token in range(x_TD.shape[0]):
-        x = x_TD[token : token + 1]
-        choices = [_expert(_fused_vector, weights, ids[token, k], x) for k in range(ids.shape[1])]
-        rows.append(sum(shares[token, k] * choice for k, choice in enumerate(choices)))
-    return jnp.concatenate(rows).astype(x_TD.dtype)
+    choices = ids_TK.shape[1]
+    local = _is_local(ids_TK, down_EDF.shape[0])  # those of other devices are computed, with a weight of 0
+    ids = jnp.where(local, ids_TK, 0).reshape(-1)
+    shares = jnp.where(local, weights_TK.astype(jnp.float32), 0.0).reshape(-1)
+
+    def choice(i: jax.Array, total: jax.Array) -> jax.Array:
+        token = i // choices
+        x = lax.dynamic_slice_in_dim(x_TD, token, 1)
+        row = lax.dynamic_slice_in_dim(total, token, 1) + shares[i] * _expert(_fused_vector, weights, ids[i], x)
+        return lax.dynamic_update_slice_in_dim(total, row, token, 0)
+
+    total = _zeros(x_TD, ids_TK, weights_TK, *weights)
+    return lax.fori_loop(0, ids.size, choice, total).astype(x_TD.dtype)
 
 
 def _one_token(x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, weights: Weights) -> jax.Array:

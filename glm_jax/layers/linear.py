@@ -10,6 +10,7 @@ A float32 run is float32: TPUs would round the operands of a default-precision d
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,8 +32,10 @@ from glm_jax.sharding import (
     axes_of,
     einsum_reduce,
     local_call,
+    local_calls,
     local_sum,
     multiply_apart,
+    multiply_together,
     platform,
     reshape,
     spread_outputs,
@@ -54,7 +57,7 @@ def few_rows(x: jax.Array) -> bool:
 def project(x: jax.Array, weight: WeightArray | TurnedArray) -> jax.Array:
     """x [B, T, D] by a weight [..., D], its first dimension split or its last one kept apart, or both: [B, T, ...]."""
     if isinstance(weight, TurnedArray):
-        return local_call(_project_turned, x, weight, layout=_outputs(x, weight))
+        return project_each(x, [weight])[0]
     if apart := apart_axes(weight, weight.ndim - 1):
         return multiply_apart(project, x, weight, apart=apart, layout=_outputs(x, weight))
     if isinstance(weight, QuantizedArray) or few_rows(x):
@@ -68,15 +71,23 @@ def project(x: jax.Array, weight: WeightArray | TurnedArray) -> jax.Array:
     return reshape(y, (*x.shape[:2], *outputs), layout=(0, 1, 2, *(None for _ in outputs[1:])))
 
 
+def project_each(x: jax.Array, weights: Sequence[WeightArray | TurnedArray]) -> list[jax.Array]:
+    """As `project` by each of the weights; in one product where they were turned round together."""
+    turned = [weight for weight in weights if isinstance(weight, TurnedArray)]
+    products = iter(local_calls(_project_turned, x, *turned, layouts=[_outputs(x, weight) for weight in turned]))
+    return [next(products) if isinstance(weight, TurnedArray) else project(x, weight) for weight in weights]
+
+
 def _outputs(x: jax.Array, weight: WeightArray | TurnedArray) -> list[tuple[Any, int]]:
     """Where the dimensions of a projection of x [B, T, D] come from."""
     values = weight.values if isinstance(weight, QuantizedArray) else weight
     return [(x, 0), (x, 1), *((values, dimension) for dimension in range(values.ndim - 1))]
 
 
-def _project_turned(x: jax.Array, weight: TurnedArray) -> jax.Array:
-    """A projection by a weight that is turned round, as it lies."""
-    return weight.multiply(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:2], *weight.shape[:-1])
+def _project_turned(x: jax.Array, *weights: TurnedArray) -> tuple[jax.Array, ...]:
+    """Projections by weights that are turned round, as they lie."""
+    products = multiply_together(x.reshape(-1, x.shape[-1]), weights)
+    return tuple(y.reshape(*x.shape[:2], *weight.shape[:-1]) for y, weight in zip(products, weights, strict=True))
 
 
 def _project_local(x: jax.Array, weight: WeightArray) -> jax.Array:

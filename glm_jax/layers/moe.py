@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 from flax import nnx
 
 from glm_jax.configs import MoeConfig
 from glm_jax.layers.dispatch import run_experts
-from glm_jax.layers.experts import IMPLEMENTATIONS, choose, turned_experts
+from glm_jax.layers.experts import IMPLEMENTATIONS, choose
 from glm_jax.layers.mlp import Mlp
 from glm_jax.layers.router import Router
 from glm_jax.layers.step import Step
-from glm_jax.sharding import Normal, TurnedArray, declare, local_size, platform
+from glm_jax.sharding import Normal, declare, local_size, platform
 
 
 class Experts(nnx.Module):
@@ -41,20 +39,16 @@ class Moe(nnx.Module):
         """x [B, T, D] -> [B, T, D], and the experts chosen for each token, int32 [B, T, K]."""
         routing = self.router(x)
         tokens, config = x.shape[0] * x.shape[1], self.config
-        gate_up: Any = self.experts.gate_up[...]
-        if isinstance(gate_up, TurnedArray):
-            experts = turned_experts
-        else:
-            held = local_size(gate_up, 0)
-            name = step.kernels.experts or choose(platform(), tokens, config, x.shape[-1], held=held, fresh=step.fresh)
-            experts = IMPLEMENTATIONS[name]
+        gate_up = self.experts.gate_up[...]
+        held = local_size(gate_up, 0)
+        name = step.kernels.experts or choose(platform(), tokens, config, x.shape[-1], held=held, fresh=step.fresh)
         routed = run_experts(
             x,
             routing.ids,
             routing.weights,
             gate_up=gate_up,
             down=self.experts.down[...],
-            experts=experts,
+            experts=IMPLEMENTATIONS[name],
             dispatch=step.kernels.dispatch,
         )
         return routed if self.shared is None else routed + self.shared(x), routing.ids

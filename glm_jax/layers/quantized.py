@@ -19,6 +19,7 @@ from glm_jax.sharding import QuantizedArray, WeightArray
 # Values of all groups' products that are held at once (256 MiB of float32); beyond, one group follows the other.
 MAX_GROUP_VALUES = 2**26
 MAX_SINGLE_ROWS = 3  # rows that a CPU multiplies with a quantised matrix one by one rather than write it out
+MAX_SINGLE_VALUES = 32  # of a product that is worth no more than a loop of its own for each row
 MAX_COLUMNS = 256  # rows up to which a CPU multiplies faster with a float32 matrix as its columns
 MAX_FUSED_INPUTS = 2**12 - 2**7  # of a row that XLA's CPU backend multiplies without writing out the matrix
 _GROUP = "z"  # the einsum label of groups
@@ -113,12 +114,16 @@ def multiply_rows(x_RN: jax.Array, weight_MN: WeightArray) -> jax.Array:
 
 
 def multiply_few_rows(x_RN: jax.Array, weight_MN: WeightArray) -> jax.Array:
-    """As `multiply_rows`, of a quantised weight up to MAX_SINGLE_ROWS rows one by one.
+    """As `multiply_rows`, of a quantised weight up to MAX_SINGLE_ROWS rows one by one, and so of very few outputs.
 
     Not by bfloat16 bits, of which a product of matrices is as fast.
     """
     rows = x_RN.shape[0]
-    if not isinstance(weight_MN, QuantizedArray) or weight_MN.bits or not 1 < rows <= MAX_SINGLE_ROWS:
+    if isinstance(weight_MN, QuantizedArray):
+        single = rows <= MAX_SINGLE_ROWS and not weight_MN.bits
+    else:
+        single = rows * weight_MN.shape[0] <= MAX_SINGLE_VALUES
+    if rows == 1 or not single:
         return multiply_rows(x_RN, weight_MN)
     return jnp.concatenate([multiply_rows(x_RN[row : row + 1], weight_MN) for row in range(rows)])
 

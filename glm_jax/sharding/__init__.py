@@ -9,6 +9,7 @@ from glm_jax.sharding.activation import (
     einsum_reduce,
     gather_weight,
     local_call,
+    local_calls,
     local_size,
     local_sum,
     reshape,
@@ -31,7 +32,7 @@ from glm_jax.sharding.rules import (
     spec_of,
     with_shardings,
 )
-from glm_jax.sharding.turned import TurnedArray
+from glm_jax.sharding.turned import TurnedArray, multiply_together
 from glm_jax.sharding.weight import (
     Constant,
     Normal,
@@ -72,6 +73,7 @@ __all__ = [
     "layer_axis",
     "length_axes",
     "local_call",
+    "local_calls",
     "local_size",
     "local_sum",
     "make_cache_directory",
@@ -80,6 +82,7 @@ __all__ = [
     "mesh_of",
     "mesh_sizes",
     "multiply_apart",
+    "multiply_together",
     "name_of",
     "parse_mesh",
     "platform",

@@ -57,6 +57,19 @@ def local_call(function: Callable[..., jax.Array], *operands: Any, layout: Seque
     return local_sum(function, *operands, layout=layout, over=())
 
 
+def local_calls(
+    function: Callable[..., tuple[jax.Array, ...]], *operands: Any, layouts: Sequence[Sequence[tuple[Any, int]]]
+) -> tuple[jax.Array, ...]:
+    """As `local_call`, of a function with several results, or none; each has a layout."""
+    if not layouts:
+        return ()
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or set(mesh.manual_axes) == set(mesh.axis_names):
+        return function(*operands)
+    specs = tuple(spec_of(*(axes_of(operand, dimension) for operand, dimension in layout)) for layout in layouts)
+    return jax.shard_map(function, out_specs=specs, check_vma=mesh.size > 1)(*operands)
+
+
 def local_sum(
     function: Callable[..., jax.Array], *operands: Any, layout: Sequence[tuple[Any, int]], over: MeshAxes
 ) -> jax.Array:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,51 +21,49 @@ from jax.sharding import NamedSharding, PartitionSpec
 MAX_PART = 2**16  # values of a part that XLA's CPU backend still multiplies by in one thread
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=["shape", "spec"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=["shape", "inputs", "spec"])
 @dataclasses.dataclass(frozen=True)
 class TurnedArray:
     """A float32 weight of `shape` [outputs..., inputs...], turned round.
 
     Attributes:
-        parts: matrices [inputs, some of the outputs], which side by side are all of them.
+        parts: matrices [inputs, some of the outputs], which side by side are all of them, and those of the weights that
+            were turned round with it; none if another weight holds them.
         shape: of the weight itself.
+        inputs: how many of its dimensions, the last ones, a product sums over.
         spec: the layout that the weight itself has on its mesh of one device; that of what is made with it follows.
     """
 
     parts: tuple[Any, ...]
     shape: tuple[int, ...]
+    inputs: int
     spec: PartitionSpec
 
     @classmethod
-    def of(cls, weight: jax.Array, inputs: tuple[int, ...], *, outputs: tuple[int, ...] | None = None) -> TurnedArray:
-        """Turn a weight on one device round.
+    def of(cls, weight: jax.Array, inputs: tuple[int, ...]) -> TurnedArray:
+        """Turn a weight on one device round, of which the product sums over the dimensions `inputs`."""
+        return cls.together([weight], inputs)[0]
 
-        Args:
-            weight: with values.
-            inputs: the dimensions that its product sums over.
-            outputs: the others, in the order that the product shall have them; by default their own.
+    @classmethod
+    def together(cls, weights: Sequence[jax.Array], inputs: tuple[int, ...]) -> list[TurnedArray]:
+        """Turn weights that multiply the same rows round; `multiply_together` takes one product for all of them.
+
+        The first holds the parts of all, and without it the others cannot be multiplied by.
         """
-        if outputs is None:
-            outputs = tuple(dimension for dimension in range(weight.ndim) if dimension not in inputs)
-        rows = math.prod(weight.shape[dimension] for dimension in inputs)
-        matrix = np.asarray(weight).transpose(*inputs, *outputs).reshape(rows, -1)
+        matrix = np.concatenate([_matrix(np.asarray(weight), inputs) for weight in weights], axis=1)
         counts = (n for n in range(1, matrix.shape[1] + 1) if matrix.shape[1] % n == 0)
         count = next((n for n in counts if matrix.size <= n * MAX_PART), matrix.shape[1])
-        placed = weight.sharding
-        assert isinstance(placed, NamedSharding), "the weights of a model lie on a mesh"
-        whole = NamedSharding(placed.mesh, PartitionSpec())
+        placed = [weight.sharding for weight in weights if isinstance(weight.sharding, NamedSharding)]
+        assert len(placed) == len(weights), "the weights of a model lie on a mesh"
+        whole = NamedSharding(placed[0].mesh, PartitionSpec())
         parts = (jax.device_put(np.ascontiguousarray(part), whole) for part in np.split(matrix, count, axis=1))
-        return cls(tuple(parts), tuple(weight.shape), placed.spec)
+        held: list[tuple[Any, ...]] = [tuple(parts), *(() for _ in weights[1:])]
+        return [cls(p, tuple(w.shape), len(inputs), at.spec) for p, w, at in zip(held, weights, placed, strict=True)]
 
     @property
     def ndim(self) -> int:
         """Dimensions of the weight."""
         return len(self.shape)
-
-    @property
-    def dtype(self) -> Any:
-        """That of the parts."""
-        return self.parts[0].dtype
 
     def __getitem__(self, index: Any) -> TurnedArray:
         """`...` is all of it, and nothing else can be had."""
@@ -73,6 +73,20 @@ class TurnedArray:
 
     def multiply(self, x_RN: jax.Array) -> jax.Array:
         """Rows by the weight: float32 [R, outputs]."""
-        options = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
-        products = [jnp.matmul(x_RN, part, **options) for part in self.parts]
-        return products[0] if len(products) == 1 else jnp.concatenate(products, axis=1)
+        return multiply_together(x_RN, [self])[0]
+
+
+def multiply_together(x_RN: jax.Array, weights: Sequence[TurnedArray]) -> list[jax.Array]:
+    """Rows by each of the weights, in one product where they were turned round together: float32 [R, outputs] each."""
+    options = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+    products = [jnp.matmul(x_RN, part, **options) for weight in weights for part in weight.parts]
+    outputs = [math.prod(weight.shape[: weight.ndim - weight.inputs]) for weight in weights]
+    assert sum(y.shape[1] for y in products) == sum(outputs), "weights turned round together multiply together"
+    together = products[0] if len(products) == 1 else jnp.concatenate(products, axis=1)
+    return jnp.split(together, list(itertools.accumulate(outputs))[:-1], axis=1)
+
+
+def _matrix(weight: np.ndarray, inputs: tuple[int, ...]) -> np.ndarray:
+    """A weight as [inputs, outputs]."""
+    outputs = tuple(dimension for dimension in range(weight.ndim) if dimension not in inputs)
+    return weight.transpose(*inputs, *outputs).reshape(math.prod(weight.shape[dimension] for dimension in inputs), -1)

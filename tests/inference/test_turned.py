@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,8 @@ from glm_jax import configs
 from glm_jax.inference import generate, turned
 from glm_jax.inference.runner import Runner
 from glm_jax.inference.speculative import Speculator
-from glm_jax.layers.experts import IMPLEMENTATIONS, turned_experts
-from glm_jax.layers.step import Kernels
 from glm_jax.model import Transformer
-from glm_jax.sharding import QuantizedArray, TurnedArray, make_mesh, map_weights, weights_by_name
+from glm_jax.sharding import QuantizedArray, TurnedArray, make_mesh, map_weights, multiply_together, weights_by_name
 from glm_jax.sharding import turned as turned_array
 
 ONE = {"devices": jax.devices()[:1]}
@@ -28,23 +27,27 @@ def tiny(seed: int = 0, **changes: object) -> Transformer:
     return Transformer.create(config, mesh=make_mesh(**ONE), seed=seed)
 
 
+def placed(rng: np.random.Generator, *shape: int) -> jax.Array:
+    place = jax.NamedSharding(make_mesh(**ONE), jax.sharding.PartitionSpec())
+    return jax.device_put(rng.normal(size=shape).astype(np.float32), place)
+
+
+def product(x: np.ndarray, weight: jax.Array, inputs: tuple[int, ...]) -> np.ndarray:
+    """What a weight gives, by a sum over its inputs."""
+    rows = x.reshape(x.shape[0], *(weight.shape[i] for i in inputs))
+    summed = np.tensordot(rows, np.asarray(weight), (range(1, rows.ndim), inputs))
+    return summed.reshape(x.shape[0], -1)
+
+
 @pytest.mark.parametrize("max_part", [1, 40, 2**16])
-@pytest.mark.parametrize(
-    ("shape", "inputs", "outputs"),
-    [((6, 10), (1,), None), ((10, 3, 4), (1, 2), None), ((4, 2, 3, 5), (3,), (1, 0, 2)), ((7, 5, 3), (0, 2), None)],
-    ids=str,
-)
-def test_products_are_those_of_the_weight(shape, inputs, outputs, max_part, monkeypatch):
+@pytest.mark.parametrize(("shape", "inputs"), [((6, 10), (1,)), ((10, 3, 4), (1, 2)), ((4, 2, 3, 5), (3,))], ids=str)
+def test_products_are_those_of_the_weight(shape, inputs, max_part, monkeypatch):
     monkeypatch.setattr(turned_array, "MAX_PART", max_part)
     rng = np.random.default_rng(0)
-    weight = rng.normal(size=shape).astype(np.float32)
-    mesh = make_mesh(**ONE)
-    placed = jax.device_put(weight, jax.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-    array = TurnedArray.of(placed, inputs, outputs=outputs)
-    others = outputs or tuple(dimension for dimension in range(weight.ndim) if dimension not in inputs)
-    matrix = weight.transpose(*others, *inputs).reshape(-1, int(np.prod([shape[i] for i in inputs])))
-    x = rng.normal(size=(3, matrix.shape[1])).astype(np.float32)
-    np.testing.assert_allclose(array.multiply(x), x @ matrix.T, atol=1e-5)
+    weight = placed(rng, *shape)
+    array = TurnedArray.of(weight, inputs)
+    x = rng.normal(size=(3, math.prod(shape[i] for i in inputs))).astype(np.float32)
+    np.testing.assert_allclose(array.multiply(x), product(x, weight, inputs), atol=1e-5)
     assert array.shape == shape and array.ndim == len(shape) and array[...] is array
     assert sum(part.size for part in array.parts) == weight.size
     assert all(part.size <= max_part or part.shape[1] == 1 for part in array.parts)
@@ -52,26 +55,19 @@ def test_products_are_those_of_the_weight(shape, inputs, outputs, max_part, monk
         array[0]
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 5, 32])
-@pytest.mark.parametrize("experts", [4, 7])
-def test_experts(tokens, experts):
-    rng, mesh = np.random.default_rng(tokens), make_mesh(**ONE)
-    gate_up, down = rng.normal(size=(experts, 2, 6, 8)), rng.normal(size=(experts, 8, 6))
-    place = jax.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    gate_up, down = (jax.device_put(a.astype(np.float32), place) for a in (gate_up, down))
-    x = rng.normal(size=(tokens, 8)).astype(np.float32)
-    ids = np.stack([rng.permutation(experts)[:3] for _ in range(tokens)]).astype(np.int32)
-    ids[0, 0] = experts + 2  # an expert elsewhere
-    weights = rng.uniform(size=ids.shape).astype(np.float32)
-    expected = IMPLEMENTATIONS["dense"](x, jnp.asarray(ids), weights, gate_up_E2FD=gate_up, down_EDF=down)
-    ours = turned_experts(
-        x,
-        jnp.asarray(ids),
-        weights,
-        gate_up_E2FD=TurnedArray.of(gate_up, (3,), outputs=(1, 0, 2)),
-        down_EDF=TurnedArray.of(down, (0, 2)),
-    )
-    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("max_part", [1, 40, 2**16])
+@pytest.mark.parametrize("heads", [(4, 2, 2), (1, 3), (5,)], ids=str)
+def test_weights_turned_together_are_multiplied_together(heads, max_part, monkeypatch):
+    monkeypatch.setattr(turned_array, "MAX_PART", max_part)
+    rng = np.random.default_rng(1)
+    weights = [placed(rng, count, 3, 7) for count in heads]
+    arrays, x = TurnedArray.together(weights, (2,)), rng.normal(size=(5, 7)).astype(np.float32)
+    for ours, weight in zip(multiply_together(x, arrays), weights, strict=True):
+        np.testing.assert_allclose(ours, product(x, weight, (2,)), atol=1e-5)
+    if len(heads) > 1:
+        for array in arrays:
+            with pytest.raises(AssertionError, match="multiply together"):
+                array.multiply(x)
 
 
 def family(name: str) -> Transformer:
@@ -89,8 +85,8 @@ def small(name: str) -> configs.ModelConfig:
     return dataclasses.replace(base, attention=attention, moe=moe)
 
 
-def form(model: Transformer, kernels: Kernels | None = None, *, mtp: bool = False) -> turned.Form | None:
-    return turned.few_rows_form(model, turned.plain_form(model).leaves, kernels, mtp=mtp)
+def form(model: Transformer, *, mtp: bool = False) -> turned.Form | None:
+    return turned.few_rows_form(model, turned.plain_form(model).leaves, mtp=mtp)
 
 
 def other_form(model: Transformer, *, mtp: bool = False) -> Transformer | None:
@@ -106,8 +102,10 @@ def test_passes_of_few_rows_are_those_of_the_model(name, mtp):
     few = other_form(model, mtp=mtp)
     assert few is not None
     changed = {name for name, weight in weights_by_name(few).items() if isinstance(weight.get_raw_value(), TurnedArray)}
-    assert changed and not any(key.startswith("embedding") or key.endswith("kv_b") for key in changed)
-    assert any(key.startswith("mtp.") for key in changed) == mtp
+    assert not any(key.startswith("embedding") or "experts" in key or key.endswith("kv_b") for key in changed)
+    # A round of one sequence sends all its rows through these alone; the rest of the layer takes the one that drafts.
+    all_rows = {"mtp.projection", "mtp.layer.attention.k", "mtp.layer.attention.v"}
+    assert "mtp.projection" in changed and ({key for key in changed if key.startswith("mtp.")} <= all_rows) != mtp
     assert ("head.weight" in changed) == (model.head is not None)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 3))
     expected, ours = model(tokens, mtp=True), few(tokens, mtp=True)
@@ -147,18 +145,12 @@ def test_models_that_keep_their_weights_as_they_are(why, monkeypatch):
 
         def quantise(name, weight):
             value = weight.get_raw_value()
-            if not name.endswith("experts.down"):
+            if not name.endswith("shared.down"):
                 return value
             return QuantizedArray(value.astype(jnp.int8), jnp.ones(value.shape[:-1], jnp.float32))
 
         model = map_weights(quantise, model)
     assert other_form(model) is None
-
-
-def test_a_form_of_the_experts_that_is_named_is_the_one_that_runs():
-    model = tiny()
-    for kernels, one in ((Kernels(), False), (Kernels(experts="dense"), True)):
-        assert (form(model, kernels) is None) == one
 
 
 def test_they_are_made_once_and_again_when_a_weight_changes():

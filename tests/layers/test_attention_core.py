@@ -105,3 +105,36 @@ def test_the_backward_pass_is_handed_no_scores(monkeypatch):
     loss.clear_cache()
     for ours, at_once in zip(by_blocks, loss(q, k, v), strict=True):
         np.testing.assert_allclose(ours, at_once, atol=1e-5)
+
+
+@pytest.mark.parametrize("room", [24, 64, 96])
+@pytest.mark.parametrize("queries", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_few_queries_continue_sequences(kv_heads, queries, room):
+    """Every form that a CPU has for them, large scores among them, and rows of which a query sees one or all."""
+    rng = np.random.default_rng(queries)
+    q = 40 * rng.normal(size=(3, queries, HEADS, WIDTH)).astype(np.float32)
+    k, v = (rng.normal(size=(3, kv_heads, room, n)).astype(np.float32) for n in (WIDTH, VALUE))
+    k[:, :, -1] = 1e4  # what no query but the last sequence's last one sees
+    last_key = (np.array([[0], [7], [room - queries]]) + np.arange(queries)).astype(np.int32)
+    out = jax.jit(lambda q, k, v, last: attend(q, k, v, last_key=last))(q, k, v, last_key)
+    np.testing.assert_allclose(out, by_numpy(q, k, v, last_key), atol=1e-4)
+
+
+@pytest.mark.parametrize(("queries", "kv_heads"), [(1, 4), (2, 2), (3, 1)])
+def test_gradient_of_few_queries(queries, kv_heads, monkeypatch):
+    rng = np.random.default_rng(queries)
+    q = rng.normal(size=(2, queries, HEADS, WIDTH)).astype(np.float32)
+    k, v = (rng.normal(size=(2, kv_heads, 32, n)).astype(np.float32) for n in (WIDTH, VALUE))
+    last_key = (np.array([[0], [9]]) + np.arange(queries)).astype(np.int32)
+
+    def gradients() -> list[jax.Array]:
+        loss = lambda *arrays: (attend(*arrays, last_key=last_key) ** 2).sum()  # noqa: E731
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+
+    ours = gradients()
+    monkeypatch.setattr(attention_core, "MAX_LANE_ROWS", 0)
+    monkeypatch.setattr(attention_core, "MAX_KEYS_FIRST", 0)
+    for one, other in zip(ours, gradients(), strict=True):
+        assert np.isfinite(one).all()
+        np.testing.assert_allclose(one, other, atol=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,24 @@ def test_experts_here_and_elsewhere(name, tokens):
     np.testing.assert_allclose(ours, by_loop(x, ids, weights, gate_up, down), atol=1e-4)
 
 
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_small_experts_one_by_one_have_the_derivative_of_all_at_once(tokens):
+    rng = np.random.default_rng(tokens)
+    ids = jnp.asarray(np.stack([rng.permutation(EXPERTS)[:CHOICES] for _ in range(tokens)]), jnp.int32)
+    shapes = ((tokens, SIZE), (tokens, CHOICES), (EXPERTS, 2, WIDTH, SIZE), (EXPERTS, SIZE, WIDTH))
+    arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+    def loss(x, weights, gate_up, down, *, name):
+        y = IMPLEMENTATIONS[name](x, ids, weights, gate_up_E2FD=gate_up, down_EDF=down)
+        return jnp.sum(jnp.square(y))
+
+    gradients = [
+        jax.jit(jax.grad(functools.partial(loss, name=name), argnums=range(4)))(*arrays) for name in ("single", "dense")
+    ]
+    for one, other in zip(*gradients, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
 def test_a_gpu_reads_the_experts_chosen_or_all_of_them_once():
     moe = dataclasses.replace(configs.get("glm-4.5-air").moe, num_experts=128, num_experts_per_token=8)
     tokens = {1: "vectors", 15: "vectors", 16: "dense", 128: "dense", 129: "blocks"}
@@ -47,12 +66,12 @@ def test_a_gpu_reads_the_experts_chosen_or_all_of_them_once():
     assert choose("gpu", 2, moe, 4096, held=16) == "dense"
 
 
-def test_a_cpu_loops_over_small_experts_only_to_decode_one_token():
-    """A loop has no backward pass, which one token alone may have, too."""
+def test_a_cpu_takes_a_few_small_experts_one_by_one_and_has_a_derivative_of_many():
     moe = dataclasses.replace(configs.get("glm-4.5-air").moe, num_experts=8, num_experts_per_token=2, expert_width=64)
-    tokens = {1: "single", 2: "single", 8: "single", 9: "dense", 500: "dense"}
+    tokens = {1: "single", 2: "single", 32: "single", 33: "dense", 500: "dense"}
     assert {count: choose("cpu", count, moe, 128, held=8) for count in tokens} == tokens
-    assert choose("cpu", 1, moe, 128, held=8, fresh=False) == "switch"
+    decoding = {count: "switch" if name == "dense" else name for count, name in tokens.items()}
+    assert {count: choose("cpu", count, moe, 128, held=8, fresh=False) for count in tokens} == decoding
     assert {choose("cpu", count, moe, 4096, held=8, fresh=fresh) for count in tokens for fresh in (True, False)} == {
         "switch"
     }
