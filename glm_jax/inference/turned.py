@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import weakref
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -47,7 +48,7 @@ class _Made:
 
     def is_of(self, leaves: list[Any]) -> bool:
         """Whether the leaves are still those of the model."""
-        return len(self.source) == len(leaves) and all(a is b for a, b in zip(self.source, leaves, strict=True))
+        return len(self.source) == len(leaves) and all(map(operator.is_, self.source, leaves))
 
     def of(self, group: dict[str, Weight]) -> dict[str, TurnedArray]:
         """Weights of one product, turned round."""
@@ -74,14 +75,12 @@ def few_rows_form(model: Transformer, leaves: list[Any], *, mtp: bool = False) -
     It pays for a small model of unrolled layers in float32, on a CPU, on a mesh of one device. `mtp` is for batches, in
     which the MTP layer has more rows than one to draft as well.
     """
-    if not _suits(model):
-        return None
     made = _MADE.get(model)
     if made is None or not made.is_of(leaves):
         made = _Made(leaves)
     if mtp not in made.forms:
-        weights = _matrices(model)
-        if not all(map(_is_plain, weights.values())) or sum(map(_size, weights.values())) > MAX_PARAMETERS:
+        weights = _matrices(model) if _suits(model) else {}
+        if not weights or not all(map(_is_plain, weights.values())) or sum(map(_size, weights.values())) > MAX_PARAMETERS:
             return None
         _MADE[model] = made
         chosen = {name: weight for name, weight in weights.items() if mtp or _sees_all_rows(name, weight)}
