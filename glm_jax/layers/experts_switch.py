@@ -11,7 +11,9 @@ neighbour, and pays page faults for large temporary arrays. The forms here go ro
                     slice, vectorised, on all cores. Up to twice as fast as copy and product, up to 4 rows.
         many rows   copy and product: the copy is small beside the arithmetic.
 
-The trip counts depend on the routing, so this has no reverse derivative.
+The trip counts depend on the routing, so this has no reverse derivative. Experts that stay in the cache cost little to
+read again: a few tokens take them choice by choice (`single_experts`). A product of one vector has a third of the speed
+of one of many rows, but a token chooses a quarter of the experts or fewer.
 """
 
 from __future__ import annotations
@@ -31,9 +33,7 @@ Product = Callable[[WeightArray, jax.Array, jax.Array], jax.Array]
 Weights = tuple[WeightArray, WeightArray]
 
 STRIP_ROWS = (2, 4)  # buckets multiplied by strips; from there on the copy is small beside the rest
-MAX_COPIED_COLUMNS = (
-    32  # rows up to which a copy multiplies them faster as its columns: beyond, it is made turned round
-)
+MAX_COPIED_COLUMNS = 32  # rows up to which a copy multiplies them faster as its columns; beyond, it is turned round
 MIN_MANY_ROWS = 8  # the smallest bucket of long prompts, and from which on there is one between two powers of two
 STRIP_WIDTH = 16  # columns of the narrowest strip: one 512-bit register of float32
 MAX_STRIPS = 32  # strips of a product: bounds the code that is compiled; the partial sums are 1/32 of the work
