@@ -102,9 +102,8 @@ class Speculator:
 
     def fetch(self, taken: list[jax.Array]) -> tuple[np.ndarray, np.ndarray]:
         """What rounds that were started chose, int32 [rounds, B, k + 1], and accepted, int32 [rounds, B]."""
-        rounds = [to_host(each).reshape(-1, *each.shape[-2:]) for each in taken]
-        whole = rounds[0] if len(rounds) == 1 else np.concatenate(rounds)
-        return whole[..., :-1], whole[..., -1]
+        rounds = np.concatenate([to_host(each).reshape(-1, *each.shape[-2:]) for each in taken])
+        return rounds[..., :-1], rounds[..., -1]
 
 
 class _Programs(NamedTuple):

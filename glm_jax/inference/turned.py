@@ -56,8 +56,7 @@ class _Made:
         names = tuple(group)
         if names not in self.turned:
             arrays = [weight.get_raw_value() for weight in group.values()]
-            count = max(1, next(iter(group.values())).inputs)
-            inputs = tuple(range(arrays[0].ndim - count, arrays[0].ndim))
+            inputs = max(1, group[names[0]].inputs)
             self.turned[names] = dict(zip(names, TurnedArray.together(arrays, inputs), strict=True))
         return self.turned[names]
 

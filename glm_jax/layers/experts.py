@@ -40,7 +40,8 @@ def dense_experts(
 ) -> jax.Array:
     """All local experts on all tokens; those not chosen get weight 0."""
     precision = precision_of(x_TD.dtype)
-    weights_TE = _weights_of_all(ids_TK, weights_TK, down_EDF.shape[0])
+    chosen_TKE = ids_TK[:, :, None] == jnp.arange(down_EDF.shape[0])
+    weights_TE = jnp.sum(jnp.where(chosen_TKE, weights_TK[:, :, None], 0.0), axis=1)
     # Tokens last, as the product makes them: a GPU would write any other order again, as an array of its own, and a CPU
     # is kept from making a product of it for which it repacks the weights.
     gate_up = _as_made(weight_einsum("td,ecfd->ecft", x_TD, gate_up_E2FD, precision=precision))
@@ -52,12 +53,6 @@ def dense_experts(
     return jnp.einsum("etd,te->td", outputs.astype(jnp.float32), weights_TE, precision=lax.Precision.HIGHEST).astype(
         x_TD.dtype
     )
-
-
-def _weights_of_all(ids_TK: jax.Array, weights_TK: jax.Array, experts: int) -> jax.Array:
-    """The weight of every local expert for each token, 0 of those not chosen."""
-    chosen_TKE = ids_TK[:, :, None] == jnp.arange(experts)
-    return jnp.sum(jnp.where(chosen_TKE, weights_TK[:, :, None], 0.0), axis=1)
 
 
 def _as_made(product: jax.Array) -> jax.Array:

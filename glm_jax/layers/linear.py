@@ -74,6 +74,8 @@ def project(x: jax.Array, weight: WeightArray | TurnedArray) -> jax.Array:
 def project_each(x: jax.Array, weights: Sequence[WeightArray | TurnedArray]) -> list[jax.Array]:
     """As `project` by each of the weights; in one product where they were turned round together."""
     turned = [weight for weight in weights if isinstance(weight, TurnedArray)]
+    if not turned:
+        return [project(x, weight) for weight in weights]
     products = iter(local_calls(_project_turned, x, *turned, layouts=[_outputs(x, weight) for weight in turned]))
     return [next(products) if isinstance(weight, TurnedArray) else project(x, weight) for weight in weights]
 

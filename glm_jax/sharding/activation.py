@@ -49,42 +49,39 @@ def einsum_reduce(equation: str, x: jax.Array, weight: jax.Array, **options: Any
     return jnp.einsum(equation, x, weight, out_sharding=PartitionSpec(*(layout[label] for label in result)), **options)
 
 
-def local_call(function: Callable[..., jax.Array], *operands: Any, layout: Sequence[tuple[Any, int]]) -> jax.Array:
-    """Call a function on each device's own part of the operands (arrays or trees of them), without communication.
-
-    `layout` names for each dimension of the result the operand and dimension whose split it has.
-    """
-    return local_sum(function, *operands, layout=layout, over=())
-
-
 def local_calls(
     function: Callable[..., tuple[jax.Array, ...]], *operands: Any, layouts: Sequence[Sequence[tuple[Any, int]]]
 ) -> tuple[jax.Array, ...]:
-    """As `local_call`, of a function with several results, or none; each has a layout."""
-    if not layouts:
-        return ()
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or set(mesh.manual_axes) == set(mesh.axis_names):
+    """Call a function on each device's own part of the operands (arrays or trees of them), without communication.
+
+    Each of `layouts` names for each dimension of a result the operand and dimension whose split it has.
+    """
+    if _is_local():
         return function(*operands)
     specs = tuple(spec_of(*(axes_of(operand, dimension) for operand, dimension in layout)) for layout in layouts)
-    return jax.shard_map(function, out_specs=specs, check_vma=mesh.size > 1)(*operands)
+    several = jax.sharding.get_abstract_mesh().size > 1
+    return jax.shard_map(function, out_specs=specs, check_vma=several)(*operands)
+
+
+def local_call(function: Callable[..., jax.Array], *operands: Any, layout: Sequence[tuple[Any, int]]) -> jax.Array:
+    """As `local_calls`, of a function with one result."""
+    return local_calls(lambda *parts: (function(*parts),), *operands, layouts=[layout])[0]
 
 
 def local_sum(
     function: Callable[..., jax.Array], *operands: Any, layout: Sequence[tuple[Any, int]], over: MeshAxes
 ) -> jax.Array:
     """As `local_call`, and the sum of the results over the devices along the mesh axes `over` (all-reduce)."""
+    # XLA's CPU backend would run an exchange of one device with itself.
+    if not over or _is_local() or jax.sharding.get_abstract_mesh().size == 1:
+        return local_call(function, *operands, layout=layout)
+    return local_call(lambda *parts: jax.lax.psum(function(*parts), over), *operands, layout=layout)
+
+
+def _is_local() -> bool:
+    """Whether arrays are one device's own here: there is no mesh, or this is inside a `shard_map` already."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or set(mesh.manual_axes) == set(mesh.axis_names):  # no mesh, or inside such a region already
-        return function(*operands)
-    spec = spec_of(*(axes_of(operand, dimension) for operand, dimension in layout))
-    exchanges = mesh.size > 1  # XLA's CPU backend would run that of one device with itself
-
-    def region(*parts: Any) -> jax.Array:
-        result = function(*parts)
-        return jax.lax.psum(result, over) if over and exchanges else result
-
-    return jax.shard_map(region, out_specs=spec, check_vma=exchanges)(*operands)
+    return mesh.empty or set(mesh.manual_axes) == set(mesh.axis_names)
 
 
 def reshape(x: jax.Array, shape: Sequence[int], *, layout: Sequence[int | None]) -> jax.Array:

@@ -40,17 +40,13 @@ class TurnedArray:
     spec: PartitionSpec
 
     @classmethod
-    def of(cls, weight: jax.Array, inputs: tuple[int, ...]) -> TurnedArray:
-        """Turn a weight on one device round, of which the product sums over the dimensions `inputs`."""
-        return cls.together([weight], inputs)[0]
+    def together(cls, weights: Sequence[jax.Array], inputs: int) -> list[TurnedArray]:
+        """Turn weights round that multiply the same rows: `multiply_together` takes one product for all of them.
 
-    @classmethod
-    def together(cls, weights: Sequence[jax.Array], inputs: tuple[int, ...]) -> list[TurnedArray]:
-        """Turn weights that multiply the same rows round; `multiply_together` takes one product for all of them.
-
-        The first holds the parts of all, and without it the others cannot be multiplied by.
+        `inputs` is that of each. The first holds the parts of all, and without it the others cannot be multiplied by.
         """
-        matrix = np.concatenate([_matrix(np.asarray(weight), inputs) for weight in weights], axis=1)
+        matrices = [np.asarray(w).reshape(-1, math.prod(w.shape[w.ndim - inputs :])).T for w in weights]
+        matrix = np.concatenate(matrices, axis=1)
         counts = (n for n in range(1, matrix.shape[1] + 1) if matrix.shape[1] % n == 0)
         count = next((n for n in counts if matrix.size <= n * MAX_PART), matrix.shape[1])
         placed = [weight.sharding for weight in weights if isinstance(weight.sharding, NamedSharding)]
@@ -58,7 +54,7 @@ class TurnedArray:
         whole = NamedSharding(placed[0].mesh, PartitionSpec())
         parts = (jax.device_put(np.ascontiguousarray(part), whole) for part in np.split(matrix, count, axis=1))
         held: list[tuple[Any, ...]] = [tuple(parts), *(() for _ in weights[1:])]
-        return [cls(p, tuple(w.shape), len(inputs), at.spec) for p, w, at in zip(held, weights, placed, strict=True)]
+        return [cls(p, tuple(w.shape), inputs, at.spec) for p, w, at in zip(held, weights, placed, strict=True)]
 
     @property
     def ndim(self) -> int:
@@ -84,9 +80,3 @@ def multiply_together(x_RN: jax.Array, weights: Sequence[TurnedArray]) -> list[j
     assert sum(y.shape[1] for y in products) == sum(outputs), "weights turned round together multiply together"
     together = products[0] if len(products) == 1 else jnp.concatenate(products, axis=1)
     return jnp.split(together, list(itertools.accumulate(outputs))[:-1], axis=1)
-
-
-def _matrix(weight: np.ndarray, inputs: tuple[int, ...]) -> np.ndarray:
-    """A weight as [inputs, outputs]."""
-    outputs = tuple(dimension for dimension in range(weight.ndim) if dimension not in inputs)
-    return weight.transpose(*inputs, *outputs).reshape(math.prod(weight.shape[dimension] for dimension in inputs), -1)

@@ -129,7 +129,9 @@ def test_gradient_of_few_queries(queries, kv_heads, monkeypatch):
     last_key = (np.array([[0], [9]]) + np.arange(queries)).astype(np.int32)
 
     def gradients() -> list[jax.Array]:
-        loss = lambda *arrays: (attend(*arrays, last_key=last_key) ** 2).sum()  # noqa: E731
+        def loss(*arrays: jax.Array) -> jax.Array:
+            return (attend(*arrays, last_key=last_key) ** 2).sum()
+
         return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
 
     ours = gradients()
