@@ -7,6 +7,9 @@ through its chat template. Answered one at a time and eight at a time, greedily,
 the same questions, taking turns on each; their answers must be the same, token by token. Timed are the whole answer
 and its part after the first token (`decode`), in which speculation works.
 
+Two rounds of a small model are one program on a CPU, and one step: part of the gain is that programs start less often.
+Plain decoding with four steps a program shows how much that alone would give, its tokens coming four at a time.
+
 Single times on a shared machine mean little: what counts is the ratio of medians, or of minima, of the same run.
 """
 
@@ -20,7 +23,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for the demo's tasks, which are no part of the package
@@ -42,7 +45,19 @@ JSON = flags.DEFINE_string("json", None, "also write all times to this file")
 REPEATS = flags.DEFINE_integer("repeats", 7, "rounds over all questions", lower_bound=2)
 MODEL = flags.DEFINE_string("model", str(ROOT / "examples" / "demo_model"), "a checkpoint trained on the demo's tasks")
 
-DRAFTS = (0, 1, 2, 3, 4)
+
+class Rival(NamedTuple):
+    """A way to answer: drafts a round, and steps a program where these are not as the platform has them."""
+
+    drafts: int
+    steps: int | None = None
+
+    def __str__(self) -> str:
+        return str(self.drafts) if self.steps is None else f"{self.drafts}, {self.steps} steps a program"
+
+
+PLAIN = Rival(0)
+RIVALS = (PLAIN, *map(Rival, (1, 2, 3, 4)), Rival(0, 4))
 BATCHES = (1, 8)
 QUESTIONS = {"sum": 8, "cups": 8, "tool": 8, "no_tool": 8, "chat": 8}
 QUICK_QUESTIONS = {"sum": 8, "cups": 8}
@@ -58,53 +73,54 @@ class Phase:
     Attributes:
         batch: questions at a time.
         tokens: of all answers.
-        whole: seconds for all answers, by number of drafts, one value a repeat.
+        whole: seconds for all answers, by rival, one value a repeat.
         decode: likewise, without the time to the first token of each answer.
-        acceptance: of the drafts, by number of drafts; the same in every repeat.
+        acceptance: of the drafts, by rival; the same in every repeat.
     """
 
     batch: int
     tokens: int
-    whole: dict[int, list[float]]
-    decode: dict[int, list[float]]
-    acceptance: dict[int, Acceptance]
+    whole: dict[Rival, list[float]]
+    decode: dict[Rival, list[float]]
+    acceptance: dict[Rival, Acceptance]
 
-    def faster(self, drafts: int, part: str, of: Any) -> float:
+    def faster(self, rival: Rival, part: str, of: Any) -> float:
         """How many times faster than plain decoding, by medians or minima of the whole answers or of `decode`."""
         times = getattr(self, part)
-        return of(times[0]) / of(times[drafts])
+        return of(times[PLAIN]) / of(times[rival])
 
-    def round_cost(self, drafts: int) -> float:
+    def round_cost(self, rival: Rival) -> float:
         """What a round costs, in steps of plain decoding."""
-        acceptance = self.acceptance[drafts]
+        acceptance = self.acceptance[rival]
         tokens_a_round = 1 + sum(acceptance.accepted) / acceptance.rounds
-        return tokens_a_round / self.faster(drafts, "decode", statistics.median)
+        return tokens_a_round / self.faster(rival, "decode", statistics.median)
 
     def to_json(self) -> dict[str, Any]:
         """Times, acceptance and ratios as JSON values."""
         rivals = {
-            str(drafts): {
-                "whole_seconds": self.whole[drafts],
-                "decode_seconds": self.decode[drafts],
-                "acceptance": self.acceptance[drafts].to_json(),
+            str(rival): {
+                "whole_seconds": self.whole[rival],
+                "decode_seconds": self.decode[rival],
+                "acceptance": self.acceptance[rival].to_json(),
                 "faster_by": {
-                    f"{part}_{of.__name__}": self.faster(drafts, part, of)
+                    f"{part}_{of.__name__}": self.faster(rival, part, of)
                     for part in ("whole", "decode")
                     for of in (statistics.median, min)
                 },
             }
-            for drafts in self.whole
+            for rival in self.whole
         }
-        return {"batch": self.batch, "tokens": self.tokens, "drafts": rivals}
+        return {"batch": self.batch, "tokens": self.tokens, "rivals": rivals}
 
 
 def answer(
-    model: Transformer, prompts: list[list[int]], sampling: Sampling
+    model: Transformer, prompts: list[list[int]], rival: Rival, stop: tuple[int, ...]
 ) -> tuple[Answers, tuple[float, float], Any]:
     """The answers, the seconds for the whole and after the first tokens, and the acceptance."""
     began = first = time.perf_counter()
     answers: Answers = [[] for _ in prompts]
-    batches = stream(model, prompts, sampling)
+    sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, stop=stop, speculative=rival.drafts)
+    batches = stream(model, prompts, sampling, steps_per_call=rival.steps)
     for number, batch in enumerate(batches):
         first = first if number else time.perf_counter()
         for tokens, more in zip(answers, batch, strict=True):
@@ -113,42 +129,33 @@ def answer(
     return answers, (ended - began, ended - first), batches.acceptance
 
 
-def measure(
-    model: Transformer,
-    prompts: list[list[int]],
-    *,
-    stop: tuple[int, ...],
-    batch: int,
-    repeats: int,
-    drafts: Any = DRAFTS,
-) -> Phase:
+def measure(model: Transformer, prompts: list[list[int]], *, stop: tuple[int, ...], batch: int, repeats: int) -> Phase:
     """Let all rivals answer all questions, `batch` at a time; each turn begins with another rival.
 
     Raises:
         RuntimeError: speculation changed an answer.
     """
     groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
-    settings = {k: Sampling(max_new_tokens=MAX_NEW_TOKENS, stop=stop, speculative=k) for k in drafts}
-    expected, acceptance = [], {k: Acceptance.none(k) for k in drafts}
+    expected, acceptance = [], {rival: Acceptance.none(rival.drafts) for rival in RIVALS}
     for group in groups:  # compiles, and says what is right
-        answers = {k: answer(model, group, settings[k]) for k in drafts}
-        expected.append(answers[0][0])
-        for k, (said, _, counted) in answers.items():
-            acceptance[k] += counted
+        answers = {rival: answer(model, group, rival, stop) for rival in RIVALS}
+        expected.append(answers[PLAIN][0])
+        for rival, (said, _, counted) in answers.items():
+            acceptance[rival] += counted
             if said != expected[-1]:
-                raise RuntimeError(f"speculative {k} gives other tokens than plain decoding")
-    whole: dict[int, list[float]] = {k: [] for k in drafts}
-    decode: dict[int, list[float]] = {k: [] for k in drafts}
+                raise RuntimeError(f"drafts {rival} give other tokens than plain decoding")
+    whole: dict[Rival, list[float]] = {rival: [] for rival in RIVALS}
+    decode: dict[Rival, list[float]] = {rival: [] for rival in RIVALS}
     for _ in range(repeats):
-        totals = {k: [0.0, 0.0] for k in drafts}
+        totals = {rival: [0.0, 0.0] for rival in RIVALS}
         for number, group in enumerate(groups):
-            turn = number % len(drafts)
-            for k in (*drafts[turn:], *drafts[:turn]):
-                _, seconds, _ = answer(model, group, settings[k])
-                totals[k] = [total + more for total, more in zip(totals[k], seconds, strict=True)]
-        for k, (all_of_it, after_first) in totals.items():
-            whole[k].append(all_of_it)
-            decode[k].append(after_first)
+            turn = number % len(RIVALS)
+            for rival in (*RIVALS[turn:], *RIVALS[:turn]):
+                _, seconds, _ = answer(model, group, rival, stop)
+                totals[rival] = [total + more for total, more in zip(totals[rival], seconds, strict=True)]
+        for rival, (all_of_it, after_first) in totals.items():
+            whole[rival].append(all_of_it)
+            decode[rival].append(after_first)
     return Phase(batch, sum(len(tokens) for group in expected for tokens in group), whole, decode, acceptance)
 
 
@@ -176,15 +183,17 @@ def show(phases: list[Phase], around: dict[str, Any]) -> None:
         title = f"batch {phase.batch}, {phase.tokens} tokens"
         head = ("drafts", "decode, ms a token", "faster by", "whole answer", "round costs", "accepted, by place")
         table = Table(*head, title=f"{title}: median (min)")
-        for k, times in phase.decode.items():
+        for rival, times in phase.decode.items():
             milliseconds = [1e3 * of(times) / phase.tokens for of in (statistics.median, min)]
-            ratios = [[phase.faster(k, part, of) for of in (statistics.median, min)] for part in ("decode", "whole")]
-            rates = ", ".join("-" if rate is None else f"{100 * rate:.1f}%" for rate in phase.acceptance[k].rates)
-            cost = f"{phase.round_cost(k):.2f} steps" if k else ""
+            ratios = [
+                [phase.faster(rival, part, of) for of in (statistics.median, min)] for part in ("decode", "whole")
+            ]
+            rates = ", ".join("-" if rate is None else f"{100 * rate:.1f}%" for rate in phase.acceptance[rival].rates)
+            cost = f"{phase.round_cost(rival):.2f} steps" if rival.drafts else ""
             cells = (
                 f"{a:.{digits}f} ({b:.{digits}f})" for (a, b), digits in ((milliseconds, 3), *((r, 2) for r in ratios))
             )
-            table.add_row(str(k), *cells, cost, rates)
+            table.add_row(str(rival), *cells, cost, rates)
         console.print(table)
     console.print(", ".join(f"{key}: {value}" for key, value in around.items()), soft_wrap=True, highlight=False)
     if around["load average before"][0] > around["cores"] / 4:

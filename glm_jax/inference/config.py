@@ -42,12 +42,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, low in (("max_new_tokens", 1), ("top_k", 0), ("seed", 0), ("speculative", 0)):
-            value = _integer(getattr(self, name), name)
-            if value < low:
-                raise InputError(f"{name} must be an integer of at least {low}, not {value}")
-            if value > MAX_INTEGER:
-                raise InputError(f"{name} must be an integer of at most {MAX_INTEGER}, not {value}")
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, _bounded(getattr(self, name), name, low))
         if not (_is_number(self.temperature) and 0 <= self.temperature < math.inf):
             raise InputError(f"temperature must be a finite number of at least 0, not {self.temperature!r}")
         if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
@@ -103,6 +98,24 @@ def check_speculative(sampling: Sampling, config: ModelConfig) -> None:
             f"speculative {sampling.speculative} needs an MTP layer to draft with; this model has none "
             "(num_mtp_layers is 0): use speculative 0"
         )
+
+
+def check_steps_per_call(steps: int | None, max_new_tokens: int) -> int | None:
+    """Return the steps of a call, no more than there are new tokens; None as it is.
+
+    Raises:
+        InputError: they are no positive integer.
+    """
+    return None if steps is None else min(_bounded(steps, "steps_per_call", 1), max_new_tokens)
+
+
+def _bounded(value: object, name: str, low: int) -> int:
+    number = _integer(value, name)
+    if number < low:
+        raise InputError(f"{name} must be an integer of at least {low}, not {number}")
+    if number > MAX_INTEGER:
+        raise InputError(f"{name} must be an integer of at most {MAX_INTEGER}, not {number}")
+    return number
 
 
 def _integer(value: object, name: str) -> int:

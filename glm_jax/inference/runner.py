@@ -25,6 +25,7 @@ from glm_jax.model import Cache, Transformer, abstract_cache, create_cache
 from glm_jax.sharding import batch_sharding, take_position
 from glm_jax.sharding.distributed import to_devices, to_host
 
+STEPS_PER_CALL = 16  # elsewhere than on a CPU
 CPU_IN_FLIGHT = 4  # single steps: enough to hide what happens between them
 
 
@@ -45,11 +46,14 @@ class DecodeState(NamedTuple):
 class Runner:
     """Runs one model's compiled programs on its mesh. The only part of generation that touches arrays."""
 
-    def __init__(self, model: Transformer, *, kernels: Kernels | None = None) -> None:
+    def __init__(
+        self, model: Transformer, *, kernels: Kernels | None = None, steps_per_call: int | None = None
+    ) -> None:
+        """`steps_per_call` is by default what suits the platform."""
         self.model = model
         self.mesh = model.mesh
         self._forms = Forms(model, functools.partial(_programs, kernels=kernels or Kernels()))
-        self.pace = Pace.of(self.mesh)
+        self.pace = Pace.of(self.mesh, steps_per_call)
 
     def prefill(self, prompts: list[list[int]], sampler: Sampler, *, padded_length: int, room: int) -> DecodeState:
         """Run prompts, padded to a common length, into a new cache of `room` rows and choose their first tokens."""
@@ -68,7 +72,7 @@ class Runner:
         """As `decode`, but without waiting for the tokens: `fetch` makes them an array."""
         leaves, programs = self._forms.of(state.tokens.size)
         with jax.set_mesh(self.mesh):
-            if self.pace.fused:
+            if self.pace.steps > 1:
                 after, tokens = programs.decode(leaves, *state, sampler, steps)
                 return DecodeState(*after), [tokens]
             taken = []
@@ -89,35 +93,39 @@ class Runner:
             cache = abstract_cache(self.model, batch, room)
             return programs.prefill.lower(leaves, tokens, lengths, cache, sampler)
 
-    def lower_decode(self, batch: int, sampler: Sampler, *, steps: int, room: int) -> Any:
-        """What `decode` compiles for so many sequences, lowered; the model may be abstract."""
+    def lower_decode(self, batch: int, sampler: Sampler, *, room: int) -> Any:
+        """What a call of decoding compiles for so many sequences, lowered; the model may be abstract."""
         _, each = abstract_prompts(self.model, batch, room)
         leaves, programs = self._forms.plain
         with jax.set_mesh(self.mesh):
             cache = abstract_cache(self.model, batch, room)
-            if self.pace.fused:
-                return programs.decode.lower(leaves, cache, each, each, sampler, steps)
+            if self.pace.steps > 1:
+                return programs.decode.lower(leaves, cache, each, each, sampler, self.pace.steps)
             return programs.decode_one.lower(leaves, cache, each, each, sampler)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """How a platform takes many steps.
+    """How many steps are taken.
 
     Attributes:
-        fused: several steps are one program. On a CPU a loop around them would make XLA run their parts one after the
-            other; elsewhere it saves dispatches.
+        steps: of decoding, or rounds of speculation, that are one program, by whose end their tokens come. Together
+            they start fewer programs; on a CPU XLA runs what is in a loop part by part, so that only a small model
+            gains by it.
         in_flight: calls that are on their way while the results of the first are looked at. What runs on behind a stop
             token is wasted, so that calls of many steps go one at a time.
     """
 
-    fused: bool
+    steps: int
     in_flight: int
 
     @classmethod
-    def of(cls, mesh: Mesh) -> Pace:
-        """What suits a mesh's platform."""
-        return cls(False, CPU_IN_FLIGHT) if mesh.devices.flat[0].platform == "cpu" else cls(True, 1)
+    def of(cls, mesh: Mesh, steps: int | None = None) -> Pace:
+        """What suits a mesh's platform; `steps` where the caller knows better."""
+        if mesh.devices.flat[0].platform != "cpu":
+            return cls(steps or STEPS_PER_CALL, 1)
+        steps = steps or 1
+        return cls(steps, max(2, CPU_IN_FLIGHT // steps))
 
 
 def abstract_prompts(model: Transformer, batch: int, length: int) -> tuple[Any, Any]:

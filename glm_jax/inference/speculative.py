@@ -22,13 +22,14 @@ import numpy as np
 
 from glm_jax.inference.runner import Pace, place_prompts
 from glm_jax.inference.sampling import likeliest
-from glm_jax.inference.turned import Forms
+from glm_jax.inference.turned import Compiled, Forms
 from glm_jax.layers.step import Kernels
 from glm_jax.model import Cache, Transformer, create_cache
 from glm_jax.sharding import ahead, take_position
 from glm_jax.sharding.distributed import to_host
 
-ROUNDS_IN_FLIGHT = 2  # single rounds, each longer than what happens between two; the second may be behind the end
+MAX_IN_FLIGHT = 2  # calls: each is longer than what happens between two; the second may be behind the end
+SMALL_ROUNDS = 2  # a round of a small model is no longer than the start of a program; its tokens come in bunches anyway
 
 
 class SpeculativeState(NamedTuple):
@@ -56,16 +57,20 @@ class Speculator:
         drafts: int,
         *,
         kernels: Kernels | None = None,
-        fused: bool | None = None,
+        steps_per_call: int | None = None,
     ) -> None:
+        """`steps_per_call` is by default what suits the model, its platform and the number of sequences."""
         self.model, self.drafts = model, drafts
         self.mesh = model.mesh
         programs = functools.partial(_programs, kernels=kernels or Kernels(), count=drafts)
         self._forms = Forms(model, programs)
-        pace = Pace.of(self.mesh)
-        if not pace.fused:
-            pace = dataclasses.replace(pace, in_flight=ROUNDS_IN_FLIGHT)
-        self.pace = pace if fused is None else dataclasses.replace(pace, fused=fused)
+        pace = Pace.of(self.mesh, steps_per_call)
+        self._pace = Pace(-(-pace.steps // (drafts + 1)), min(pace.in_flight, MAX_IN_FLIGHT))
+        self._small = self._pace if steps_per_call else Pace(SMALL_ROUNDS, MAX_IN_FLIGHT)
+
+    def pace(self, batch: int) -> Pace:
+        """How rounds of so many sequences are taken."""
+        return self._pace if self._form(batch) is self._forms.plain else self._small
 
     def prefill(self, prompts: list[list[int]], *, padded_length: int, room: int) -> SpeculativeState:
         """Run prompts, padded to a common length, into a new cache of `room` rows; choose and draft their tokens."""
@@ -88,9 +93,9 @@ class Speculator:
     def start(self, state: SpeculativeState, *, rounds: int) -> tuple[SpeculativeState, list[jax.Array]]:
         """As `decode`, but without waiting for the tokens: `fetch` makes them arrays."""
         batch = state.tokens.size
-        leaves, programs = self._forms.of(batch * (self.drafts + 1), mtp=batch > 1)
+        leaves, programs = self._form(batch)
         with jax.set_mesh(self.mesh):
-            if self.pace.fused:
+            if self.pace(batch).steps > 1:
                 after, taken = programs.decode(leaves, *state, rounds)
                 return SpeculativeState(*after), [taken]
             each = []
@@ -104,6 +109,10 @@ class Speculator:
         """What rounds that were started chose, int32 [rounds, B, k + 1], and accepted, int32 [rounds, B]."""
         rounds = np.concatenate([to_host(each).reshape(-1, *each.shape[-2:]) for each in taken])
         return rounds[..., :-1], rounds[..., -1]
+
+    def _form(self, batch: int) -> Compiled[_Programs]:
+        """The model as rounds of so many sequences take it, with their programs."""
+        return self._forms.of(batch * (self.drafts + 1), mtp=batch > 1)
 
 
 class _Programs(NamedTuple):

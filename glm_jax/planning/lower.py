@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from glm_jax.errors import InputError
 from glm_jax.inference.config import Sampling
-from glm_jax.inference.generate import MIN_BUCKET, STEPS_PER_CALL, bucket
+from glm_jax.inference.generate import MIN_BUCKET, bucket
 from glm_jax.inference.runner import Runner, abstract_prompts, programs
 from glm_jax.inference.sampling import Sampler
 from glm_jax.layers.step import Kernels
@@ -108,9 +108,7 @@ def generation_programs(
     runner = Runner(model_on(job, mesh))
     for name in samplings:
         sampler = jax.eval_shape(functools.partial(Sampler.create, SAMPLINGS[name]))
-        found[f"decode {name}"] = functools.partial(
-            runner.lower_decode, job.batch, sampler, steps=STEPS_PER_CALL, room=room
-        )
+        found[f"decode {name}"] = functools.partial(runner.lower_decode, job.batch, sampler, room=room)
         for length in lengths:
             found[f"prefill {length} {name}"] = functools.partial(
                 runner.lower_prefill, job.batch, sampler, padded_length=length, room=room

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import pytest
 
 import glm_jax
 from glm_jax import InputError, Transformer
-from glm_jax.inference import Acceptance, Sampling, stream
+from glm_jax.inference import Acceptance, Sampling, stream, turned
 from glm_jax.inference.runner import CPU_IN_FLIGHT, Runner
-from glm_jax.inference.speculative import Speculator
+from glm_jax.inference.speculative import MAX_IN_FLIGHT, SMALL_ROUNDS, Speculator
 from glm_jax.layers.step import Kernels
 from glm_jax.model import create_cache
 from glm_jax.serving import TextSide
@@ -164,7 +165,7 @@ def test_up_to_the_last_position(tmp_path, one_device, family, drafts):
 def test_rows_beyond_the_cache_are_not_written(directory, one_device):
     """A sequence that has ended runs on beyond the cache: what lies there stays what it was."""
     model = glm_jax.load(directory["glm4_moe"], mesh=one_device)
-    speculator = Speculator(model, 3, kernels=DENSE, fused=False)
+    speculator = Speculator(model, 3, kernels=DENSE, steps_per_call=1)
     state = speculator.prefill(checkpoints.prompts((14,)), padded_length=16, room=16)
     state = state._replace(positions=state.positions + 2)
     before = [np.asarray(leaf) for leaf in jax.tree.leaves(state.cache)]
@@ -181,8 +182,8 @@ def test_rows_beyond_the_cache_are_not_written(directory, one_device):
 def test_one_program_for_all_rounds_does_what_one_for_each_does(directory, one_device, stacked):
     model = glm_jax.load(directory["glm4_moe"], mesh=one_device, stacked=stacked)
     results = []
-    for fused in (True, False):
-        speculator = Speculator(model, 2, kernels=DENSE, fused=fused)
+    for steps in (16, 1):
+        speculator = Speculator(model, 2, kernels=DENSE, steps_per_call=steps)
         state = speculator.prefill(UNEQUAL, padded_length=32, room=64)
         state, chosen, accepted = speculator.decode(state, rounds=4)
         state, *more = speculator.decode(state, rounds=4)
@@ -191,17 +192,29 @@ def test_one_program_for_all_rounds_does_what_one_for_each_does(directory, one_d
         np.testing.assert_array_equal(one, other)
 
 
-def test_the_loop_gives_the_tokens_of_plain_decoding(directory, one_device, monkeypatch):
-    """As on an accelerator, where the rounds of a call are one program."""
-    model = glm_jax.load(directory["deepseek_v3"], mesh=one_device, stacked=True)
+@pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "unrolled"])
+@pytest.mark.parametrize("steps", [2, 5, 16, 1000])
+def test_steps_of_a_call(directory, one_device, steps, stacked):
+    """As on an accelerator, where those of a call are one program: the same tokens, so many together."""
+    model = glm_jax.load(directory["deepseek_v3"], mesh=one_device, stacked=stacked)
     plain, _ = run(model, UNEQUAL, max_new_tokens=NEW)
+    sizes = []
+    for drafts in (0, 2):
+        batches = stream(
+            model, UNEQUAL, Sampling(max_new_tokens=NEW, speculative=drafts), steps_per_call=steps, kernels=DENSE
+        )
+        came = list(batches)
+        assert [[token for batch in came for token in batch[row]] for row in range(len(UNEQUAL))] == plain
+        sizes.append([max(map(len, batch)) for batch in came])
+    whole = min(steps, NEW)
+    assert sizes[0] == [1, *(min(whole, NEW - 1 - taken) for taken in range(0, NEW - 1, whole))]
+    assert max(sizes[1][1:]) <= -(-whole // 3) * 3
 
-    def fused(self: Speculator, *args: Any, **options: Any) -> None:
-        create(self, *args, **options, fused=True)
 
-    create = Speculator.__init__
-    monkeypatch.setattr(Speculator, "__init__", fused)
-    assert run(model, UNEQUAL, max_new_tokens=NEW, speculative=2)[0] == plain
+def test_steps_of_a_call_that_are_not_possible(demo):
+    for steps, message in ((0, "at least 1, not 0"), (-2, "at least 1, not -2"), (1.5, "1.5 is not an integer")):
+        with pytest.raises(InputError, match=f"steps_per_call.*{message}"):
+            stream(demo, PAIR, Sampling(max_new_tokens=2), steps_per_call=steps)
 
 
 MESHES = {"2x2x2": (2, 2, 2), "1x1x8": (1, 1, 8), "1x4x2": (1, 4, 2), "8x1x1": (8, 1, 1)}
@@ -220,7 +233,7 @@ def test_tokens_on_many_devices(directory, one_device, mesh_of_sizes, family, si
     """Four prompts, which some of the meshes divide; in the loop, whose state must keep its layout."""
     plain, _ = run(glm_jax.load(directory[family], mesh=one_device), UNEQUAL[:4], max_new_tokens=12)
     model = glm_jax.load(directory[family], mesh=mesh_of_sizes(MESHES[sizes]), stacked=family != "glm4_moe")
-    speculator = Speculator(model, 2, kernels=DENSE, fused=True)
+    speculator = Speculator(model, 2, kernels=DENSE, steps_per_call=16)
     state = speculator.prefill(UNEQUAL[:4], padded_length=32, room=64)
     first = np.asarray(state.tokens)
     state, chosen, accepted = speculator.decode(state, rounds=6)
@@ -240,14 +253,7 @@ def test_generation_on_many_devices(directory, one_device, mesh_of_sizes):
 
 def test_few_steps_are_taken_beyond_the_last_token(directory, one_device, monkeypatch):
     """None where the number of tokens ends it; behind a stop token those that were on their way."""
-    started: list[int] = []
-
-    def counted(self: Runner, *args: Any, steps: int) -> Any:
-        started.append(steps)
-        return start(self, *args, steps=steps)
-
-    start = Runner.start
-    monkeypatch.setattr(Runner, "start", counted)
+    started = counted(monkeypatch, Runner, "steps")
     model = glm_jax.load(directory["glm4_moe"], mesh=one_device)
     (tokens,), _ = run(model, UNEQUAL[:1], max_new_tokens=NEW)
     assert sum(started) == NEW - 1
@@ -255,6 +261,38 @@ def test_few_steps_are_taken_beyond_the_last_token(directory, one_device, monkey
     started.clear()
     assert run(model, UNEQUAL[:1], max_new_tokens=NEW, stop=(tokens[last],))[0] == [tokens[: last + 1]]
     assert last <= sum(started) < last + CPU_IN_FLIGHT
+
+
+@pytest.mark.parametrize("drafts", [1, 3])
+@pytest.mark.parametrize("small", [True, False])
+def test_few_rounds_are_taken_beyond_the_last_token(demo, monkeypatch, small, drafts):
+    """Two a call by a small model on a CPU, or one; behind a stop token those that were on their way."""
+    if not small:
+        monkeypatch.setattr(turned, "MAX_PARAMETERS", 1000)
+        monkeypatch.setattr(turned, "_MADE", weakref.WeakKeyDictionary())
+    started = counted(monkeypatch, Speculator, "rounds")
+    rounds = SMALL_ROUNDS if small else 1
+    (tokens,), _ = run(demo, PAIR[:1], max_new_tokens=NEW)
+    last = next(i for i in range(6, NEW) if tokens[i] not in tokens[:i])  # a token that comes late the first time
+    for stop, new in (((), tokens), ((tokens[last],), tokens[: last + 1])):
+        started.clear()
+        found, taken = run(demo, PAIR[:1], max_new_tokens=NEW, stop=stop, speculative=drafts)
+        needed = -(-taken.rounds // rounds)
+        assert found == [new]
+        assert set(started) == {rounds} and needed <= len(started) < needed + MAX_IN_FLIGHT
+
+
+def counted(monkeypatch, kind: type[Runner] | type[Speculator], what: str) -> list[int]:
+    """How many steps or rounds each call starts from now on."""
+    started: list[int] = []
+
+    def start(self: Any, *args: Any, **options: Any) -> Any:
+        started.append(options[what])
+        return original(self, *args, **options)
+
+    original: Any = kind.start
+    monkeypatch.setattr(kind, "start", start)
+    return started
 
 
 # --- the count of the drafts ----------------------------------------------------------------------------------------
