@@ -3,8 +3,8 @@
 XLA's CPU backend copies a slice of a stacked weight before it multiplies with it, does not fuse a product into a
 neighbour, and pays page faults for large temporary arrays. The forms here go round that:
 
-    one token       a loop over its K choices. A product of one vector, written `(h[None] @ slice.T)[0]`, is the one
-                    that XLA fuses with the slice: the weights stream from memory once, uncopied, on all cores.
+    one token       a loop over its K choices. A product of one row is the one that XLA fuses with the slice: the
+                    weights stream from memory once, uncopied, on all cores (`rows.multiply_row`).
     more tokens     experts sorted by how many rows chose them, and one loop for each bucket of row counts. A switch
                     on the bucket inside a single loop would copy the output at every turn.
         few rows    the product as a sum of elementwise products of narrow column strips (`_strips`): fused with the
@@ -26,7 +26,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from glm_jax.layers.mlp import swiglu
-from glm_jax.layers.quantized import cut_inputs, merge_outputs, multiply_row, multiply_rows, take
+from glm_jax.layers.quantized import merge_outputs
+from glm_jax.layers.rows import count_strips, multiply_row, multiply_rows, multiply_strips, take
 from glm_jax.sharding import QuantizedArray, WeightArray
 
 Product = Callable[[WeightArray, jax.Array, jax.Array], jax.Array]
@@ -35,8 +36,6 @@ Weights = tuple[WeightArray, WeightArray]
 STRIP_ROWS = (2, 4)  # buckets multiplied by strips; from there on the copy is small beside the rest
 MAX_COPIED_COLUMNS = 32  # rows up to which a copy multiplies them faster as its columns; beyond, it is turned round
 MIN_MANY_ROWS = 8  # the smallest bucket of long prompts, and from which on there is one between two powers of two
-STRIP_WIDTH = 16  # columns of the narrowest strip: one 512-bit register of float32
-MAX_STRIPS = 32  # strips of a product: bounds the code that is compiled; the partial sums are 1/32 of the work
 MIN_STRIP_BYTES = 1 << 18  # an expert's matrix below this stays in the cache, copy and all
 MAX_FEW_TOKENS = 64  # up to here all strip buckets are compiled
 
@@ -171,31 +170,11 @@ def _copied(weight_EMN: WeightArray, index: jax.Array, x_RN: jax.Array) -> jax.A
 
 
 def _strips(weight_EMN: WeightArray, index: jax.Array, x_RN: jax.Array) -> jax.Array:
-    """x @ weight[index].T as a sum over strips of columns, then over the columns of a strip."""
     _, outputs, inputs = weight_EMN.shape
-    rows = x_RN.shape[0]
-    group = weight_EMN.group_size if isinstance(weight_EMN, QuantizedArray) else 1
-    strips = _strip_count(inputs, group)
+    strips = count_strips(weight_EMN)
     if strips == 1 or outputs * inputs * weight_EMN.dtype.itemsize < MIN_STRIP_BYTES:
         return _copied(weight_EMN, index, x_RN)
-    strip = inputs // strips
-    x_RN = x_RN.astype(jnp.float32)
-    partial = jnp.zeros((outputs, rows, strip), jnp.float32)
-    for low in range(0, inputs, strip):
-        weight = cut_inputs(weight_EMN, index, low, low + strip).astype(jnp.float32)
-        partial = partial + weight[:, None, :] * x_RN[None, :, low : low + strip]
-    # As a product with ones, which XLA keeps apart from the sum above; a fused reduction would undo its vectors.
-    sums = partial.reshape(outputs * rows, strip) @ jnp.ones((strip,), jnp.float32)
-    return sums.reshape(outputs, rows).T
-
-
-def _strip_count(inputs: int, group: int = 1) -> int:
-    """The most strips of equal width that are at most MAX_STRIPS, of whole registers; 1 if there are none.
-
-    A strip is whole groups of inputs, or a part of one.
-    """
-    widths = {n: inputs // n for n in range(1, MAX_STRIPS + 1) if inputs % n == 0 and (inputs // n) % STRIP_WIDTH == 0}
-    return max((n for n, width in widths.items() if width % group == 0 or group % width == 0), default=1)
+    return multiply_strips(x_RN, weight_EMN, index, strips)
 
 
 def _is_local(ids_TK: jax.Array, experts: int) -> jax.Array:

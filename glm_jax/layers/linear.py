@@ -17,13 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from glm_jax.layers.quantized import (
-    MAX_COLUMNS,
-    merge_inputs,
-    merge_outputs,
-    multiply_few_rows,
-    weight_einsum,
-)
+from glm_jax.layers.quantized import merge_inputs, merge_outputs, weight_einsum
+from glm_jax.layers.rows import MAX_COLUMNS, multiply_few_rows
 from glm_jax.sharding import (
     QuantizedArray,
     TurnedArray,

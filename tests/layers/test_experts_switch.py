@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from glm_jax.layers import experts_switch
 from glm_jax.layers.experts_switch import switch_experts
+from glm_jax.layers.rows import count_strips
 
 run = jax.jit(switch_experts)
 run_strips = jax.jit(lambda *args, **weights: switch_experts(*args, **weights))  # traced with strips for any size
@@ -162,7 +163,7 @@ def test_buckets_grow_and_the_last_holds_all_tokens(tokens, mean):
     ("inputs", "strips"), [(512, 32), (256, 16), (4096, 32), (1408, 22), (96, 6), (16, 1), (40, 1)]
 )
 def test_strips_are_equal_and_of_whole_registers(inputs, strips):
-    assert experts_switch._strip_count(inputs) == strips
+    assert count_strips(jnp.zeros((2, 3, inputs))) == strips
 
 
 def test_weights_are_not_copied_for_few_rows():

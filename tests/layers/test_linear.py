@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from glm_jax.layers.linear import few_rows, project, project_reduce
-from glm_jax.layers.quantized import MAX_COLUMNS
+from glm_jax.layers.rows import MAX_COLUMNS
 from glm_jax.sharding import QuantizedArray, make_mesh, spec_of
 
 SIZE, HEADS, HEAD = 16, 4, 6

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from glm_jax.layers import experts_switch, quantized
+from glm_jax.layers import experts_switch, quantized, rows
 from glm_jax.layers.dispatch import run_experts
 from glm_jax.layers.experts import IMPLEMENTATIONS
 from glm_jax.layers.linear import project, project_pair, project_reduce
-from glm_jax.layers.quantized import contract_outputs, multiply_row
+from glm_jax.layers.quantized import contract_outputs
+from glm_jax.layers.rows import multiply_row
 from glm_jax.sharding import QuantizedArray
 
 FORMS = {
@@ -69,19 +70,27 @@ def numpy_product(x: jax.Array, weight: jax.Array) -> np.ndarray:
     return np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
 
 
+parametrize_reorders = pytest.mark.parametrize("reorders", [True, False], ids=["fused", "strips"])
+
+
 @parametrize_form
-@pytest.mark.parametrize("inputs", [64, 4096, 5128, 8192])
-def test_one_row_by_a_matrix_of_a_stack(form, inputs):
+@parametrize_reorders
+@pytest.mark.parametrize("inputs", [64, 96, 4096, 5128, 8192])
+def test_one_row_by_a_matrix_of_a_stack(form, inputs, reorders, monkeypatch):
     """In one part, and in several."""
+    monkeypatch.setattr(rows, "REORDERS_SUMS", reorders)
     weight, x = random_weight(form, (3, 5, inputs)), random_x(1, inputs)
+    multiply = jax.jit(lambda x, weight, index: multiply_row(x, weight, index))
     for index in (0, 2):
         expected = numpy_product(x, weight.dequantize()[index])
-        assert_close(jax.jit(multiply_row)(x, weight, index), expected)
-        assert_close(jax.jit(multiply_row)(x, weight.dequantize(), index), expected)
+        assert_close(multiply(x, weight, index), expected)
+        assert_close(multiply(x, weight.dequantize(), index), expected)
 
 
-def test_a_row_is_multiplied_without_writing_the_matrix_out():
+@parametrize_reorders
+def test_a_row_is_multiplied_without_writing_the_matrix_out(reorders, monkeypatch):
     """What XLA's CPU backend fuses it does not copy: the compiled program needs no memory beside its results."""
+    monkeypatch.setattr(rows, "REORDERS_SUMS", reorders)
     x, weights = random_x(1, 5120), random_weight(FORMS["fp8 bits in blocks"], (2, 64, 5120))
     if jax.default_backend() != "cpu":
         pytest.skip("a matter of XLA's CPU backend")
