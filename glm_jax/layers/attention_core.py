@@ -17,6 +17,10 @@ from glm_jax.sharding import axes_of, local_call, platform, reshape, spec_of
 
 MAX_VECTORS = 2  # queries of a group up to which they are taken one by one on a CPU
 MAX_KEYS_FIRST = 8  # and up to which the keys are the left side of a product
+# From jax 0.11 on XLA's CPU backend splits a batch of products over its threads, from as few multiplications on as the
+# first of these. Up to the second that takes longer than vector by vector, if it is for no more queries of a group.
+SPLITS_BATCHES = jax.__version_info__ >= (0, 11)
+MIN_SPLIT, MAX_UNSPLIT, MAX_UNSPLIT_ROWS = 2**15, 2**19, 16
 LANES = 32  # keys of a row that a CPU reduces side by side
 MAX_LANE_ROWS = 4  # queries of a group up to which that is faster
 CAUSAL_PARTS = 4  # parts of a prompt that each see the keys up to their end: 5/8 of all pairs are computed
@@ -135,7 +139,7 @@ def _attend_block(q: jax.Array, last_key: jax.Array, *, k: jax.Array, v: jax.Arr
     scores = _masked_scores(q, k, last_key, scale=scale)
     weights = _softmax(scores).astype(q.dtype)
     weights = reshape(weights, (batch, kv_heads, group * length, keys), layout=(0, 1, 2, None))
-    out = jnp.matmul(weights, v, precision=precision_of(q.dtype))
+    out = _values(weights, v)
     out = reshape(out, (batch, kv_heads, group, length, v.shape[-1]), layout=(0, 1, 2, None, None))
     out_heads = 3 if kv_heads == 1 and not axes_of(k, 1) else 2
     return reshape(out.transpose(0, 3, 1, 2, 4), (batch, length, heads, v.shape[-1]), layout=(0, 1, out_heads, None))
@@ -174,8 +178,30 @@ def _scores(rows: jax.Array, k: jax.Array) -> jax.Array:
 
     # XLA's CPU backend repacks the right side of a product of matrices: a vector at a time it reads the keys as they
     # are, and of a few it repacks these.
-    if rows.shape[2] <= MAX_KEYS_FIRST and platform() == "cpu":
-        few = by_vectors if rows.shape[2] <= MAX_VECTORS else by_keys
-        return local_call(few, rows, k, layout=[(rows, 0), (rows, 1), (rows, 2), (k, 2)])
+    if platform() == "cpu":
+        unsplit, queries = _is_better_unsplit(rows, k), rows.shape[2]
+        if unsplit or queries <= MAX_KEYS_FIRST:
+            few = by_vectors if unsplit or queries <= MAX_VECTORS else by_keys
+            return local_call(few, rows, k, layout=[(rows, 0), (rows, 1), (rows, 2), (k, 2)])
     # Not a product with transposed keys: a GPU would keep the whole cache transposed and turn it round twice a step.
     return jnp.einsum("bkrh,bksh->bkrs", rows, k, **options)
+
+
+def _values(weights: jax.Array, v: jax.Array) -> jax.Array:
+    """Values [B, K, S, V] summed with the weights [B, K, R, S] of queries: [B, K, R, V] in their dtype."""
+    precision = precision_of(weights.dtype)
+
+    def by_vectors(weights: jax.Array, v: jax.Array) -> jax.Array:
+        rows = range(weights.shape[2])
+        each = [jnp.einsum("bks,bksv->bkv", weights[:, :, row], v, precision=precision) for row in rows]
+        return jnp.stack(each, axis=2)
+
+    if platform() == "cpu" and _is_better_unsplit(weights, v):
+        return local_call(by_vectors, weights, v, layout=[(weights, 0), (weights, 1), (weights, 2), (v, 3)])
+    return jnp.matmul(weights, v, precision=precision)
+
+
+def _is_better_unsplit(rows: jax.Array, k_or_v: jax.Array) -> bool:
+    """Whether a CPU multiplies rows [B, K, R, ...] with keys or values [B, K, S, H] faster row by row, in one thread."""
+    multiplications = rows.shape[2] * k_or_v.size
+    return SPLITS_BATCHES and rows.shape[2] <= MAX_UNSPLIT_ROWS and MIN_SPLIT < multiplications <= MAX_UNSPLIT

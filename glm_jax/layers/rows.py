@@ -91,7 +91,8 @@ def multiply_row(x_1N: jax.Array, weight_EMN: WeightArray, index: jax.Array | in
     is_made = isinstance(weight_EMN, QuantizedArray) or weight_EMN.shape[0] > 1  # else it lies there, and none is fused
     strips = count_strips(weight_EMN, width=ROW_STRIP_WIDTH)
     if is_made and strips > 1 and not REORDERS_SUMS:
-        return multiply_strips(x_1N, weight_EMN, index, strips)
+        # The barrier keeps what makes the row, such as a slice, out of the sum: it would be made anew for each value.
+        return multiply_strips(lax.optimization_barrier(x_1N), weight_EMN, index, strips)
     group = weight_EMN.group_size if isinstance(weight_EMN, QuantizedArray) and weight_EMN.grouped else 1
     parts = -(-inputs // MAX_FUSED_INPUTS) if group <= MAX_FUSED_INPUTS else 1
     width = -(-inputs // (parts * group)) * group

@@ -110,8 +110,11 @@ def test_the_backward_pass_is_handed_no_scores(monkeypatch):
 @pytest.mark.parametrize("room", [24, 64, 96])
 @pytest.mark.parametrize("queries", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_few_queries_continue_sequences(kv_heads, queries, room):
+@pytest.mark.parametrize("splits", [True, False])
+def test_few_queries_continue_sequences(kv_heads, queries, room, splits, monkeypatch):
     """Every form that a CPU has for them, large scores among them, and rows of which a query sees one or all."""
+    monkeypatch.setattr(attention_core, "SPLITS_BATCHES", splits)
+    monkeypatch.setattr(attention_core, "MIN_SPLIT", 2**11)
     rng = np.random.default_rng(queries)
     q = 40 * rng.normal(size=(3, queries, HEADS, WIDTH)).astype(np.float32)
     k, v = (rng.normal(size=(3, kv_heads, room, n)).astype(np.float32) for n in (WIDTH, VALUE))
@@ -122,7 +125,10 @@ def test_few_queries_continue_sequences(kv_heads, queries, room):
 
 
 @pytest.mark.parametrize(("queries", "kv_heads"), [(1, 4), (2, 2), (3, 1)])
-def test_gradient_of_few_queries(queries, kv_heads, monkeypatch):
+@pytest.mark.parametrize("splits", [True, False])
+def test_gradient_of_few_queries(queries, kv_heads, splits, monkeypatch):
+    monkeypatch.setattr(attention_core, "SPLITS_BATCHES", splits)
+    monkeypatch.setattr(attention_core, "MIN_SPLIT", 0)
     rng = np.random.default_rng(queries)
     q = rng.normal(size=(2, queries, HEADS, WIDTH)).astype(np.float32)
     k, v = (rng.normal(size=(2, kv_heads, 32, n)).astype(np.float32) for n in (WIDTH, VALUE))
@@ -137,6 +143,7 @@ def test_gradient_of_few_queries(queries, kv_heads, monkeypatch):
     ours = gradients()
     monkeypatch.setattr(attention_core, "MAX_LANE_ROWS", 0)
     monkeypatch.setattr(attention_core, "MAX_KEYS_FIRST", 0)
+    monkeypatch.setattr(attention_core, "SPLITS_BATCHES", False)
     for one, other in zip(ours, gradients(), strict=True):
         assert np.isfinite(one).all()
         np.testing.assert_allclose(one, other, atol=1e-5)
