@@ -202,6 +202,6 @@ def _values(weights: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _is_better_unsplit(rows: jax.Array, k_or_v: jax.Array) -> bool:
-    """Whether a CPU multiplies rows [B, K, R, ...] with keys or values [B, K, S, H] faster row by row, in one thread."""
+    """Whether a CPU multiplies rows [B, K, R, ...] with keys or values [B, K, S, H] faster row by row, in a thread."""
     multiplications = rows.shape[2] * k_or_v.size
     return SPLITS_BATCHES and rows.shape[2] <= MAX_UNSPLIT_ROWS and MIN_SPLIT < multiplications <= MAX_UNSPLIT
