@@ -2,8 +2,8 @@
 
 One row reads the matrix once. XLA fuses such a product with whatever makes the matrix, such as a slice of a stack or
 the scaling of a quantised one, so that the matrix is never written out. Up to jax 0.10 the fused sum was vectorised by
-reordering it. From 0.11 on the order is kept, and what was read at the memory's rate takes nine times as long: there
-the sum is one over strips of columns, of which each register holds a column.
+reordering it. From 0.11 on the order is kept, and what was read at the memory's rate takes up to nine times as long:
+there the sum is one over strips of columns, in vectors of a strip's columns, and last one over these.
 """
 
 from __future__ import annotations
