@@ -117,9 +117,9 @@ def answer(
     model: Transformer, prompts: list[list[int]], rival: Rival, stop: tuple[int, ...]
 ) -> tuple[Answers, tuple[float, float], Any]:
     """The answers, the seconds for the whole and after the first tokens, and the acceptance."""
+    sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, stop=stop, speculative=rival.drafts)
     began = first = time.perf_counter()
     answers: Answers = [[] for _ in prompts]
-    sampling = Sampling(max_new_tokens=MAX_NEW_TOKENS, stop=stop, speculative=rival.drafts)
     batches = stream(model, prompts, sampling, steps_per_call=rival.steps)
     for number, batch in enumerate(batches):
         first = first if number else time.perf_counter()

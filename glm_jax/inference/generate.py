@@ -128,15 +128,14 @@ def _decode(
     runner: Runner, prompts: list[list[int]], sampling: Sampling
 ) -> Iterator[tuple[list[list[int]], Acceptance]]:
     """Prefill, then calls of decode steps."""
-    sampler, nothing = Sampler.create(sampling), Acceptance.none(0)
+    sampler, nothing, pace = Sampler.create(sampling), Acceptance.none(0), runner.pace
     sequences = [_Sequence(sampling) for _ in prompts]
     state = runner.prefill(prompts, sampler, **_lengths(runner.model, prompts, sampling))
     yield [s.take([token]) for s, token in zip(sequences, to_host(state.tokens), strict=True)], nothing
-    steps = runner.pace.steps
     in_flight: collections.deque[list[jax.Array]] = collections.deque()
     while left := max(sequence.left for sequence in sequences):
-        while len(in_flight) < runner.pace.in_flight and len(in_flight) * steps < left:
-            state, started = runner.start(state, sampler, steps=steps)
+        while len(in_flight) < pace.in_flight and len(in_flight) * pace.steps < left:
+            state, started = runner.start(state, sampler, steps=pace.steps)
             in_flight.append(started)
         tokens = runner.fetch(in_flight.popleft())
         yield [sequence.take(tokens[:, row]) for row, sequence in enumerate(sequences)], nothing

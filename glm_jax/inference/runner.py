@@ -113,7 +113,7 @@ class Pace:
             they start fewer programs; on a CPU XLA runs what is in a loop part by part, so that only a small model
             gains by it.
         in_flight: calls that are on their way while the results of the first are looked at. What runs on behind a stop
-            token is wasted, so that calls of many steps go one at a time.
+            token is wasted: elsewhere than on a CPU, where calls are of many steps, they go one at a time.
     """
 
     steps: int

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ MAX_VECTORS = 2  # queries of a group up to which they are taken one by one on a
 MAX_KEYS_FIRST = 8  # and up to which the keys are the left side of a product
 # From jax 0.11 on XLA's CPU backend splits a batch of products over its threads, from as few multiplications on as the
 # first of these. Up to the second that takes longer than vector by vector, if it is for no more queries of a group.
+# Measured with jax 0.10.2 and 0.11.2.
 SPLITS_BATCHES = jax.__version_info__ >= (0, 11)
 MIN_SPLIT, MAX_UNSPLIT, MAX_UNSPLIT_ROWS = 2**15, 2**19, 16
 LANES = 32  # keys of a row that a CPU reduces side by side
@@ -169,10 +171,6 @@ def _scores(rows: jax.Array, k: jax.Array) -> jax.Array:
     """Products of queries [B, K, R, H] with keys [B, K, S, H], float32 [B, K, R, S]."""
     options = {"precision": precision_of(rows.dtype), "preferred_element_type": jnp.float32}
 
-    def by_vectors(rows: jax.Array, k: jax.Array) -> jax.Array:
-        each = [jnp.einsum("bkh,bksh->bks", rows[:, :, row], k, **options) for row in range(rows.shape[2])]
-        return jnp.stack(each, axis=2)
-
     def by_keys(rows: jax.Array, k: jax.Array) -> jax.Array:
         return jax.lax.optimization_barrier(jnp.einsum("bksh,bkrh->bksr", k, rows, **options)).swapaxes(2, 3)
 
@@ -181,6 +179,7 @@ def _scores(rows: jax.Array, k: jax.Array) -> jax.Array:
     if platform() == "cpu":
         unsplit, queries = _is_better_unsplit(rows, k), rows.shape[2]
         if unsplit or queries <= MAX_KEYS_FIRST:
+            by_vectors = functools.partial(_row_by_row, "bkh,bksh->bks", **options)
             few = by_vectors if unsplit or queries <= MAX_VECTORS else by_keys
             return local_call(few, rows, k, layout=[(rows, 0), (rows, 1), (rows, 2), (k, 2)])
     # Not a product with transposed keys: a GPU would keep the whole cache transposed and turn it round twice a step.
@@ -190,15 +189,15 @@ def _scores(rows: jax.Array, k: jax.Array) -> jax.Array:
 def _values(weights: jax.Array, v: jax.Array) -> jax.Array:
     """Values [B, K, S, V] summed with the weights [B, K, R, S] of queries: [B, K, R, V] in their dtype."""
     precision = precision_of(weights.dtype)
-
-    def by_vectors(weights: jax.Array, v: jax.Array) -> jax.Array:
-        rows = range(weights.shape[2])
-        each = [jnp.einsum("bks,bksv->bkv", weights[:, :, row], v, precision=precision) for row in rows]
-        return jnp.stack(each, axis=2)
-
     if platform() == "cpu" and _is_better_unsplit(weights, v):
+        by_vectors = functools.partial(_row_by_row, "bks,bksv->bkv", precision=precision)
         return local_call(by_vectors, weights, v, layout=[(weights, 0), (weights, 1), (weights, 2), (v, 3)])
     return jnp.matmul(weights, v, precision=precision)
+
+
+def _row_by_row(equation: str, rows: jax.Array, k_or_v: jax.Array, **options: Any) -> jax.Array:
+    """An einsum of each of rows [B, K, R, ...] by itself with keys or values [B, K, S, H]: [B, K, R, ...]."""
+    return jnp.stack([jnp.einsum(equation, rows[:, :, i], k_or_v, **options) for i in range(rows.shape[2])], axis=2)
 
 
 def _is_better_unsplit(rows: jax.Array, k_or_v: jax.Array) -> bool:

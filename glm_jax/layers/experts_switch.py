@@ -30,7 +30,7 @@ from glm_jax.layers.quantized import merge_outputs
 from glm_jax.layers.rows import count_strips, multiply_row, multiply_rows, multiply_strips, take
 from glm_jax.sharding import QuantizedArray, WeightArray
 
-Product = Callable[[WeightArray, jax.Array, jax.Array], jax.Array]
+Product = Callable[[jax.Array, WeightArray, jax.Array], jax.Array]
 Weights = tuple[WeightArray, WeightArray]
 
 STRIP_ROWS = (2, 4)  # buckets multiplied by strips; from there on the copy is small beside the rest
@@ -78,7 +78,7 @@ def single_experts(
     def choice(i: jax.Array, total: jax.Array) -> jax.Array:
         token = i // choices
         x = lax.dynamic_slice_in_dim(x_TD, token, 1)
-        row = lax.dynamic_slice_in_dim(total, token, 1) + shares[i] * _expert(_fused_vector, weights, ids[i], x)
+        row = lax.dynamic_slice_in_dim(total, token, 1) + shares[i] * _expert(multiply_row, weights, ids[i], x)
         return lax.dynamic_update_slice_in_dim(total, row, token, 0)
 
     total = _zeros(x_TD, ids_TK, weights_TK, *weights)
@@ -92,7 +92,7 @@ def _one_token(x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, weight
 
     def choice(i: jax.Array, total: jax.Array) -> jax.Array:
         k = order[i]
-        return total + weights_TK[0, k] * _expert(_fused_vector, weights, ids_TK[0, k], x_TD)
+        return total + weights_TK[0, k] * _expert(multiply_row, weights, ids_TK[0, k], x_TD)
 
     total = _zeros(x_TD, ids_TK, weights_TK, *weights)
     return lax.fori_loop(0, jnp.sum(local, dtype=jnp.int32), choice, total)
@@ -153,27 +153,23 @@ def _expert(product: Product, weights: Weights, index: jax.Array, x_RD: jax.Arra
     """down(silu(gate(x)) * up(x)) of one expert on rows x, in float32."""
     gate_up, down = weights
     width = down.shape[2]
-    hidden = product(gate_up, index, x_RD)
+    hidden = product(x_RD, gate_up, index)
     hidden = swiglu(hidden[:, :width], hidden[:, width:]).astype(x_RD.dtype)
-    return product(down, index, hidden)
+    return product(hidden, down, index)
 
 
-def _fused_vector(weight_EMN: WeightArray, index: jax.Array, x_1N: jax.Array) -> jax.Array:
-    return multiply_row(x_1N, weight_EMN, index)
-
-
-def _copied(weight_EMN: WeightArray, index: jax.Array, x_RN: jax.Array) -> jax.Array:
+def _copied(x_RN: jax.Array, weight_EMN: WeightArray, index: jax.Array) -> jax.Array:
     weight_MN = take(weight_EMN, index)
     if x_RN.shape[0] > MAX_COPIED_COLUMNS and not isinstance(weight_MN, QuantizedArray):
         return jnp.matmul(x_RN, weight_MN.T, preferred_element_type=jnp.float32)
     return multiply_rows(x_RN, weight_MN)
 
 
-def _strips(weight_EMN: WeightArray, index: jax.Array, x_RN: jax.Array) -> jax.Array:
+def _strips(x_RN: jax.Array, weight_EMN: WeightArray, index: jax.Array) -> jax.Array:
     _, outputs, inputs = weight_EMN.shape
     strips = count_strips(weight_EMN)
     if strips == 1 or outputs * inputs * weight_EMN.dtype.itemsize < MIN_STRIP_BYTES:
-        return _copied(weight_EMN, index, x_RN)
+        return _copied(x_RN, weight_EMN, index)
     return multiply_strips(x_RN, weight_EMN, index, strips)
 
 

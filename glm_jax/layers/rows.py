@@ -23,7 +23,8 @@ MAX_FUSED_INPUTS = 2**12 - 2**7  # of a row that XLA's CPU backend multiplies wi
 MAX_STRIPS = 32  # strips of a product: bounds the code that is compiled; the partial sums are 1/32 of the work
 STRIP_WIDTH = 16  # columns of the narrowest strip: one 512-bit register of float32
 ROW_STRIP_WIDTH = 32  # and where it is one row that is multiplied
-REORDERS_SUMS = jax.__version_info__ < (0, 11)  # whether XLA's CPU backend does, of a product that it fuses
+# Whether XLA's CPU backend reorders the sum of a product that it fuses; measured with jax 0.10.2 and 0.11.2.
+REORDERS_SUMS = jax.__version_info__ < (0, 11)
 
 
 def take(weight: WeightArray, index: jax.Array) -> WeightArray:
