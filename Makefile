@@ -34,11 +34,11 @@ test: dev  ## run the tests, less the slow ones
 test-all: dev  ## run all tests
 	$(VENV_PYTHON) -m pytest -q -n 2 --dist loadfile -m "slow or not slow" $(PYTEST_ARGS) tests
 
-check: dev  ## lint, format, types and the rules of the house
+check: dev  ## lint, format, types and the conventions
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
 	$(VENV_PYTHON) -m mypy glm_jax
-	$(VENV_PYTHON) -m pytest -q tests/house
+	$(VENV_PYTHON) -m pytest -q tests/conventions
 
 bench: dev  ## measure what a CPU can measure
 	$(VENV_PYTHON) benchmarks/cpu.py

@@ -36,7 +36,7 @@ from rich.table import Table  # noqa: E402
 import glm_jax  # noqa: E402
 from glm_jax import Transformer  # noqa: E402
 from glm_jax.inference import Acceptance, Sampling, stream  # noqa: E402
-from glm_jax.serving import TextSide  # noqa: E402
+from glm_jax.serving import TextProcessor  # noqa: E402
 from scripts import demo_tasks  # noqa: E402
 from scripts.demo_eval import unseen  # noqa: E402
 
@@ -159,7 +159,7 @@ def measure(model: Transformer, prompts: list[list[int]], *, stop: tuple[int, ..
     return Phase(batch, sum(len(tokens) for group in expected for tokens in group), whole, decode, acceptance)
 
 
-def questions(text: TextSide, counts: dict[str, int]) -> list[list[int]]:
+def questions(text: TextProcessor, counts: dict[str, int]) -> list[list[int]]:
     """Prompts of the tasks, so many of each, in thinking mode."""
     samples = [sample for task, count in counts.items() for sample in unseen(task, demo_tasks.THINKING, None, count)]
     return [demo_tasks.prompt(sample, text.tokenizer, text.template) for sample in samples]
@@ -205,7 +205,7 @@ def main(arguments: list[str]) -> None:
     if len(arguments) > 1:
         raise app.UsageError(f"unexpected argument {arguments[1]!r}")
     around = environment()
-    model, text = glm_jax.load(MODEL.value, mesh=glm_jax.make_mesh()), TextSide.load(MODEL.value)
+    model, text = glm_jax.load(MODEL.value, mesh=glm_jax.make_mesh()), TextProcessor.load(MODEL.value)
     prompts = questions(text, QUICK_QUESTIONS if QUICK.value else QUESTIONS)
     repeats = min(REPEATS.value, 4) if QUICK.value else REPEATS.value
     phases = []

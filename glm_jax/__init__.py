@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from glm_jax.checkpoint.load import load
     from glm_jax.inference import generate
     from glm_jax.model import Transformer, count_parameters
-    from glm_jax.sharding import Rules, distributed, make_mesh
+    from glm_jax.runtime import distributed
+    from glm_jax.sharding import Rules, make_mesh
 
 __version__ = VERSION
 
@@ -31,7 +32,7 @@ _LAZY = {
     "Transformer": "glm_jax.model",
     "convert": "glm_jax.checkpoint",
     "count_parameters": "glm_jax.model",
-    "distributed": "glm_jax.sharding",
+    "distributed": "glm_jax.runtime",
     "export": "glm_jax.checkpoint",
     "generate": "glm_jax.inference",
     "load": "glm_jax.checkpoint",
@@ -88,7 +89,7 @@ def Chat(
     from glm_jax import checkpoint as checkpoints
     from glm_jax import serving
 
-    text = serving.TextSide.load(checkpoint)
+    text = serving.TextProcessor.load(checkpoint)
     options: dict[str, Any] = {"mesh": mesh, "rules": rules, "dtype": dtype}
     model = checkpoints.load(os.fspath(checkpoint), quantized=quantized, layers=layers, **options)
     return serving.Chat(model, text)

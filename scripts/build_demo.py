@@ -179,7 +179,7 @@ def _run(
     with jax.set_mesh(mesh):
         for number, batch in enumerate(data, 1):
             state, metrics = step(state, place(batch, mesh))
-            tokens += int(np.sum(batch.real))
+            tokens += int(np.sum(batch.padding_mask))
             if number % 20 == 0:
                 spent = f"{time.perf_counter() - start:.0f} s, {time.process_time() - cpu:.0f} CPU s"
                 print(f"step {number}  {_describe(metrics)}  {tokens:,} tokens, {spent}", flush=True)

@@ -50,7 +50,7 @@ def unseen(task: str, mode: str, size: int | None, count: int) -> list[Sample]:
 def glance(
     model: Transformer, tokenizer: Tokenizer, template: ChatTemplate, *, kernels: Kernels, samples: int = 24
 ) -> Scores:
-    """Prints and returns the share of samples of which every learnt token is the argmax after the reference."""
+    """Print and return the share of samples whose tokens in the loss mask are all the argmax."""
     scores: Scores = {}
     for title, task, size, turn in CELLS:
         for mode in () if turn else (THINKING, DIRECT):
@@ -67,7 +67,7 @@ def score(model: Transformer, tokenizer: Tokenizer, template: ChatTemplate, *, s
     """Returns title -> mode -> share of right turns by greedy decoding, and the MTP layer's accepted drafts."""
     scores: Scores = {}
     for mode in (THINKING, DIRECT):
-        accepted, learnt = 0.0, 0
+        accepted, counted = 0.0, 0
         for title, task, size, turn in CELLS:
             chosen = unseen(task, mode, size, samples)
             texts = list(_written(model, tokenizer, template, chosen, turn=turn))
@@ -77,8 +77,8 @@ def score(model: Transformer, tokenizer: Tokenizer, template: ChatTemplate, *, s
                 rows = [demo_tasks.encode(s, tokenizer, template) for s in chosen]
                 share = _check_rows(model, pad_rows(rows, demo_tasks.MAX_TOKENS), Kernels(experts="blocks"))[1]
                 weight = sum(int(mask.sum()) for _, mask in rows)
-                accepted, learnt = accepted + share * weight, learnt + weight
-        scores.setdefault(MTP, {})[mode] = accepted / learnt
+                accepted, counted = accepted + share * weight, counted + weight
+        scores.setdefault(MTP, {})[mode] = accepted / counted
     return scores
 
 
@@ -106,14 +106,14 @@ def _check_rows(model: Transformer, batch: Batch, kernels: Kernels) -> tuple[np.
 
 @functools.partial(jax.jit, static_argnames="kernels")
 def _check(model: Transformer, batch: Batch, *, kernels: Kernels) -> tuple[jax.Array, jax.Array]:
-    """Whether each row's learnt tokens are all the argmax, and the share of them that MTP drafts as the model would."""
-    tokens, learnt = jnp.asarray(batch.tokens), jnp.asarray(batch.learnt)
+    """Whether the argmax is right for each row's whole loss mask, and the share of it that MTP drafts likewise."""
+    tokens, mask = jnp.asarray(batch.tokens), jnp.asarray(batch.loss_mask)
     output = forward(model, tokens, mtp=True, kernels=kernels)
     choice = jnp.argmax(output.logits, axis=-1)
     assert output.mtp_logits is not None
     draft = jnp.argmax(output.mtp_logits, axis=-1)
-    right = jnp.all((choice[:, :-1] == tokens[:, 1:]) | ~learnt[:, 1:], axis=-1)
+    right = jnp.all((choice[:, :-1] == tokens[:, 1:]) | ~mask[:, 1:], axis=-1)
     # A draft is made once the model has written a token itself: from the second token of a turn on.
-    drafted = learnt[:, 2:] & learnt[:, 1:-1]
+    drafted = mask[:, 2:] & mask[:, 1:-1]
     agreed = (draft[:, :-1] == choice[:, 1:-1]) & drafted
     return right, jnp.sum(agreed) / jnp.maximum(jnp.sum(drafted), 1)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from glm_jax.text import BrokenCall, ChatTemplate, ContentDelta, StreamParser, Tokenizer, ToolCall
+from glm_jax.text import ChatTemplate, ContentDelta, MalformedToolCall, StreamParser, Tokenizer, ToolCall
 
 THINKING, DIRECT = "thinking", "direct"
 MODES = (THINKING, DIRECT)
@@ -207,10 +207,10 @@ def encode(sample: Sample, tokenizer: Tokenizer, template: ChatTemplate) -> tupl
         after = _render(sample, template, i + 1, add_generation_prompt=False)
         after += AFTER_CALL if sample.messages[i].get("tool_calls") else AFTER_ANSWER
         assert before.startswith(text) and after.startswith(before), "the template rewrites what the model has written"
-        for piece, learnt in ((before[len(text) :], False), (after[len(before) :], True)):
+        for piece, in_loss in ((before[len(text) :], False), (after[len(before) :], True)):
             tokens = tokenizer.encode(piece)
             ids += tokens
-            mask += [learnt] * len(tokens)
+            mask += [in_loss] * len(tokens)
         text = after
     return np.array(ids, np.int32), np.array(mask, np.bool_)
 
@@ -225,7 +225,7 @@ def verify(sample: Sample, text: str, *, turn: int = 0) -> bool:
         text = text.partition(stop)[0]
     parser = StreamParser(parse_tools=sample.tools is not None, tools=sample.tools)
     events = parser.push(text) + parser.finish()
-    calls = [event for event in events if isinstance(event, ToolCall | BrokenCall)]
+    calls = [event for event in events if isinstance(event, ToolCall | MalformedToolCall)]
     expected = sample.messages[sample.turns[turn]].get("tool_calls", [])
     if expected:
         function = expected[0]["function"]

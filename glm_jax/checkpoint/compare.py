@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from glm_jax.checkpoint.names import Slot, canonical_slots
+from glm_jax.checkpoint.names import TensorMapping, canonical_mappings
 from glm_jax.checkpoint.orbax_source import OrbaxSource
 from glm_jax.checkpoint.source import HfSource, Source
 from glm_jax.configs import ModelConfig
@@ -50,21 +50,21 @@ def compare_weights(ours: Source, theirs: Source, *, layers: int | None = None) 
     Raises:
         CheckpointError: a file is damaged.
     """
-    slots, others = (canonical_slots(first_layers(source.config, layers)) for source in (ours, theirs))
-    both = [name for name in slots if name in others]
+    mappings, others = (canonical_mappings(first_layers(source.config, layers)) for source in (ours, theirs))
+    both = [name for name in mappings if name in others]
     differing: dict[str, float | None] = {}
     for name in both:
-        if slots[name].shape != others[name].shape:
+        if mappings[name].shape != others[name].shape:
             differing[name] = None
             continue
-        a, b = _read(ours, slots[name]), _read(theirs, others[name])
+        a, b = _read(ours, mappings[name]), _read(theirs, others[name])
         if not _equal(a, b):
             differing[name] = _difference(a, b)
     return WeightParity(
         compared=len(both),
         differing=differing,
-        only_ours=tuple(name for name in slots if name not in others),
-        only_theirs=tuple(name for name in others if name not in slots),
+        only_ours=tuple(name for name in mappings if name not in others),
+        only_theirs=tuple(name for name in others if name not in mappings),
     )
 
 
@@ -84,9 +84,9 @@ def router_bias_dtypes(source: HfSource | OrbaxSource) -> set[str]:
     return {source.arrays.spec(name).dtype for name in names}
 
 
-def _read(source: Source, slot: Slot) -> np.ndarray:
-    index = (*(slice(i, i + 1) for i in slot.index), *(slice(0, size) for size in slot.part_shape))
-    return source.read(slot.weight, index)
+def _read(source: Source, mapping: TensorMapping) -> np.ndarray:
+    index = (*(slice(i, i + 1) for i in mapping.index), *(slice(0, size) for size in mapping.part_shape))
+    return source.read(mapping.weight, index)
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:

@@ -24,11 +24,11 @@ from glm_jax.checkpoint import quantize as quantizing
 from glm_jax.checkpoint.atomic import check_target
 from glm_jax.checkpoint.files import Directory, File, is_url
 from glm_jax.checkpoint.journal import Shard, digest
-from glm_jax.checkpoint.layout import Layout, Unit, plan_layout
-from glm_jax.checkpoint.names import Slot
+from glm_jax.checkpoint.layout import Layout, WorkItem, plan_layout
+from glm_jax.checkpoint.names import TensorMapping
 from glm_jax.checkpoint.orbax_io import OrbaxWriter
 from glm_jax.checkpoint.orbax_source import ASSETS, LAYOUT_VERSION, MANIFEST, Manifest, TensorRecord
-from glm_jax.checkpoint.quantize import ArrayWriter, Loss, quantize_unit
+from glm_jax.checkpoint.quantize import ArrayWriter, Loss, quantize_item
 from glm_jax.checkpoint.quantized import Index
 from glm_jax.checkpoint.resume import Progress, default_threads, resumable_directory
 from glm_jax.checkpoint.safetensors import NUMPY_DTYPES
@@ -91,7 +91,7 @@ def convert(
             the MTP layer's projection stay as they are: small beside the rest, and what accuracy hangs on.
         shard: this process among several that share the conversion: "0/4" to "3/4". The last to end completes it.
         verified: read both sides again and compare them (as `verify`) before the target gets its name.
-        threads: units at work at a time; by default what suits the cores.
+        threads: items at work at a time; by default what suits the cores.
         progress: called with the bytes done and the bytes in all.
 
     Raises:
@@ -105,7 +105,7 @@ def convert(
     share = Shard.parse(shard) if isinstance(shard, str) else shard
     hf, layout, notes = _plan(source, target, quantized=quantized, quantize=quantize)
     with resumable_directory(target, _identity(hf, layout), share) as work:
-        work.check_space(layout.units)
+        work.check_space(layout.items)
         writer = OrbaxWriter(work.path, layout.arrays, resume=True, timestamp_ns=_NO_TIME)
         conversion = Conversion(hf, layout, writer)
 
@@ -117,8 +117,8 @@ def convert(
 
                 check_equal(source, work.path, threads=threads)
 
-        work.run(layout.units, conversion.process, threads=threads or default_threads(), progress=progress)
-        complete = work.finish(layout.units, finish)
+        work.run(layout.items, conversion.process, threads=threads or default_threads(), progress=progress)
+        complete = work.finish(layout.items, finish)
         records, losses = _gather(hf, work.done.values())
     nbytes = sum(hf.files.tensors[name].nbytes for name in records)
     seconds, all_notes = time.monotonic() - started, (*_notes(hf, records), *notes)
@@ -153,26 +153,26 @@ def check_target_beside(source: str | Path, target: str | Path) -> None:
 
 
 class Conversion:
-    """The processing of units, from several threads."""
+    """The processing of items, from several threads."""
 
     def __init__(self, hf: HfSource, layout: Layout, writer: ArrayWriter) -> None:
         self._hf, self._layout, self._writer = hf, layout, writer
 
-    def process(self, unit: Unit) -> dict[str, Any]:
-        """Hash and write the tensors of a unit; returns the note of it."""
+    def process(self, item: WorkItem) -> dict[str, Any]:
+        """Hash and write the tensors of an item; returns the note of it."""
         reads = _HashedReads(self._hf.files, self._layout.form)
         note: dict[str, Any] = {}
-        if unit.array in self._layout.made:
-            layout, slot = self._layout.made[unit.array]
+        if item.array in self._layout.made:
+            layout, mapping = self._layout.made[item.array]
             lost = Loss(0.0, 0.0)
-            for box in unit.boxes:
-                lost += quantize_unit(reads, self._writer, unit.array, box, layout=layout, slot=slot)
-            note |= {"weight": unit.array, "loss": [lost.difference, lost.square]}
+            for box in item.boxes:
+                lost += quantize_item(reads, self._writer, item.array, box, layout=layout, mapping=mapping)
+            note |= {"weight": item.array, "loss": [lost.difference, lost.square]}
         else:
-            dtype = NUMPY_DTYPES_BY_NAME[self._layout.arrays[unit.array].dtype]
-            for box in unit.boxes:
-                self._writer.write(unit.array, box, reads.read(unit.array, box).astype(dtype, copy=False))
-                reads.drop(unit.array, box)
+            dtype = NUMPY_DTYPES_BY_NAME[self._layout.arrays[item.array].dtype]
+            for box in item.boxes:
+                self._writer.write(item.array, box, reads.read(item.array, box).astype(dtype, copy=False))
+                reads.drop(item.array, box)
         return {"tensors": reads.records(), **note}
 
     def complete(self, partial: Path, done: Mapping[str, Any]) -> None:
@@ -211,7 +211,7 @@ class _HashedReads:
             self._hash(run.tensor, run.stop)
         return self._form.read(array, index)
 
-    def tensors_in(self, array: str, index: Index) -> list[tuple[str, Slot]]:
+    def tensors_in(self, array: str, index: Index) -> list[tuple[str, TensorMapping]]:
         """As `HfArrays.tensors_in`."""
         return self._form.tensors_in(array, index)
 
@@ -300,12 +300,12 @@ def _copy_assets(source: Directory, target: Path) -> None:
 
 def _notes(hf: HfSource, records: dict[str, TensorRecord]) -> tuple[str, ...]:
     notes = list(hf.plan.notes)
-    if hf.plan.junk:
-        notes.append(f"{len(hf.plan.junk)} superfluous tensors passed over, such as {hf.plan.junk[0]}")
+    if hf.plan.ignored:
+        notes.append(f"{len(hf.plan.ignored)} superfluous tensors passed over, such as {hf.plan.ignored[0]}")
     if hf.files.unlisted:
         names = ", ".join(Path(place).name for place in hf.files.unlisted)
         notes.append(f"files that the index does not name were not read: {names}")
-    by_weight = {slot.weight: name for name, slot in hf.plan.slots.items()}
+    by_weight = {mapping.weight: name for name, mapping in hf.plan.mappings.items()}
     for kind in hf.config.mtp_copies:
         copy, main = by_weight[f"mtp.{kind}.weight"], by_weight.get(f"{kind}.weight")
         if main is not None and _sums(hf, copy, records) != _sums(hf, main, records):

@@ -143,9 +143,11 @@ def dry_run(
         made, more = ({}, []) if quantize is None else quantizing.choose(hf.config, quantizing.method(quantize))
         notes += [*hf.plan.notes, *more]
         layout = plan_layout(hf, keep=quantized == KEEP, made=made)
-        used = {stored for name in hf.plan.slots for stored in hf.plan.stored(name)}
-        if hf.plan.junk:
-            notes.append(f"{len(hf.plan.junk)} superfluous tensors would be passed over, such as {hf.plan.junk[0]}")
+        used = {stored for name in hf.plan.mappings for stored in hf.plan.stored(name)}
+        if hf.plan.ignored:
+            notes.append(
+                f"{len(hf.plan.ignored)} superfluous tensors would be passed over, such as {hf.plan.ignored[0]}"
+            )
         if hf.files.missing:
             notes.append(f"{hf.files.missing} bytes of the files are not here yet")
         plan = DryRun(

@@ -22,10 +22,10 @@ import numpy as np
 from glm_jax.checkpoint import quantize as quantizing
 from glm_jax.checkpoint.convert import Report, check_target_beside
 from glm_jax.checkpoint.journal import Shard, digest
-from glm_jax.checkpoint.names import Slot, canonical_slots, fused_slots
+from glm_jax.checkpoint.names import TensorMapping, canonical_mappings, fused_mappings
 from glm_jax.checkpoint.orbax_source import ASSETS, MANIFEST, OrbaxSource, is_orbax, leading_ones
 from glm_jax.checkpoint.quantization_config import quantization_config, read_quantization
-from glm_jax.checkpoint.quantized import DEQUANTIZED, FLOAT_DTYPES, Format, Index, Part, stored_slots
+from glm_jax.checkpoint.quantized import DEQUANTIZED, FLOAT_DTYPES, Format, Index, Part, stored_mappings
 from glm_jax.checkpoint.resume import Progress, default_threads, resumable_directory
 from glm_jax.checkpoint.safetensors import NUMPY_DTYPES, TensorSpec, dtype_name
 from glm_jax.checkpoint.safetensors_writer import SafetensorsWriter
@@ -83,18 +83,18 @@ def export(
     config = _config(checkpoint, directory / ASSETS, layout, exempt)
     with resumable_directory(target, identity, Shard()) as work:
         writer = SafetensorsWriter(work.path, plan, max_shard_bytes=max_shard_bytes, resume=True)
-        units = [_File(name, writer.file_bytes(name), members) for name, members in writer.files.items()]
+        items = [_File(name, writer.file_bytes(name), members) for name, members in writer.files.items()]
         for name in work.done:
             writer.take_over(name)
-        work.check_space(units)
+        work.check_space(items)
         copier = _Copier(checkpoint, tensors, writer)
-        work.run(units, copier.process, threads=threads or default_threads(), progress=progress)
+        work.run(items, copier.process, threads=threads or default_threads(), progress=progress)
 
         def complete(_: dict[str, Any]) -> None:
             writer.close()
             _copy_assets(directory / ASSETS, work.path, config)
 
-        work.finish(units, complete)
+        work.finish(items, complete)
     total = sum(spec.nbytes for spec in plan)
     return Report(len(plan), total, time.monotonic() - started, ())
 
@@ -106,15 +106,15 @@ class _Tensor:
     Attributes:
         shape: of the tensor.
         dtype: in safetensors' words.
-        slot: the array, or the weight, that it is part of; None for one that repeats a shape.
-        weight: whether the slot is one of a weight, read as the float values that it stands for.
+        mapping: the array, or the weight, that it is part of; None for one that repeats a shape.
+        weight: whether the mapping is one of a weight, read as the float values that it stands for.
         made: the format and the part of it, of a weight that is quantised on the way.
         constant: the content of a tensor that repeats a shape.
     """
 
     shape: tuple[int, ...]
     dtype: str
-    slot: Slot | None = None
+    mapping: TensorMapping | None = None
     weight: bool = False
     made: tuple[Format, Part] | None = None
     constant: tuple[int, ...] = ()
@@ -145,16 +145,16 @@ def _plan(checkpoint: OrbaxSource, weights: str | None) -> tuple[dict[str, _Tens
     tensors: dict[str, _Tensor] = {}
     exempt = []
     recorded = _recorded_dtypes(checkpoint)
-    for name, slot in canonical_slots(checkpoint.config).items():
-        if slot.weight not in chosen or layout is None:
-            tensors[name] = _float_tensor(checkpoint, name, slot, recorded)
+    for name, mapping in canonical_mappings(checkpoint.config).items():
+        if mapping.weight not in chosen or layout is None:
+            tensors[name] = _float_tensor(checkpoint, name, mapping, recorded)
             exempt.append(name)
-        elif kept.get(slot.weight) == layout:
-            tensors.update(_stored_tensors(checkpoint, name, slot, recorded))
+        elif kept.get(mapping.weight) == layout:
+            tensors.update(_stored_tensors(checkpoint, name, mapping, recorded))
         else:
-            tensors.update(_made_tensors(name, slot, layout))
-    matrices = {slot.weight for slot in canonical_slots(checkpoint.config).values() if len(slot.shape) == 2}
-    by_name = canonical_slots(checkpoint.config)
+            tensors.update(_made_tensors(name, mapping, layout))
+    matrices = {mapping.weight for mapping in canonical_mappings(checkpoint.config).values() if len(mapping.shape) == 2}
+    by_name = canonical_mappings(checkpoint.config)
     exempt = [name.removesuffix(".weight") for name in exempt if by_name[name].weight in matrices]
     return tensors, layout, exempt
 
@@ -162,49 +162,49 @@ def _plan(checkpoint: OrbaxSource, weights: str | None) -> tuple[dict[str, _Tens
 def _recorded_dtypes(checkpoint: OrbaxSource) -> dict[str, str]:
     """The dtypes of the source's tensors, one for each expert where the source had all experts in one."""
     recorded = {name: record.dtype for name, record in checkpoint.manifest.tensors.items()}
-    for name, slot in fused_slots(checkpoint.config).items():
+    for name, mapping in fused_mappings(checkpoint.config).items():
         if name in recorded:
-            recorded.update((single, recorded[name]) for single in slot.stands_for)
+            recorded.update((single, recorded[name]) for single in mapping.stands_for)
     return recorded
 
 
-def _float_tensor(checkpoint: OrbaxSource, name: str, slot: Slot, recorded: dict[str, str]) -> _Tensor:
+def _float_tensor(checkpoint: OrbaxSource, name: str, mapping: TensorMapping, recorded: dict[str, str]) -> _Tensor:
     """A tensor of float values: as in the source, or bfloat16 of what is or was quantised."""
-    if slot.weight in checkpoint.manifest.kept:
-        return _Tensor(slot.shape, dtype_name(DEQUANTIZED), slot, weight=True)
-    stored = dtype_name(checkpoint.arrays.spec(slot.weight).dtype)
+    if mapping.weight in checkpoint.manifest.kept:
+        return _Tensor(mapping.shape, dtype_name(DEQUANTIZED), mapping, weight=True)
+    stored = dtype_name(checkpoint.arrays.spec(mapping.weight).dtype)
     source = checkpoint.manifest.source_layout
     dequantized = source is not None and all(name + part.suffix in recorded for part in source.parts)
     dtype = stored if dequantized else recorded.get(name, stored)
     if dtype not in FLOAT_DTYPES:
         raise CheckpointError(f"{MANIFEST} is damaged: {name} is {dtype}, not {' or '.join(FLOAT_DTYPES)}")
-    return _Tensor(slot.shape, dtype, slot)
+    return _Tensor(mapping.shape, dtype, mapping)
 
 
 def _stored_tensors(
-    checkpoint: OrbaxSource, name: str, slot: Slot, recorded: dict[str, str]
+    checkpoint: OrbaxSource, name: str, mapping: TensorMapping, recorded: dict[str, str]
 ) -> Iterator[tuple[str, _Tensor]]:
     """The tensors of a weight that is stored in the format it is to be written in."""
-    layout = checkpoint.manifest.kept[slot.weight]
-    stored, shapes = stored_slots(layout, name, slot), layout.shapes(slot.shape)
+    layout = checkpoint.manifest.kept[mapping.weight]
+    stored, shapes = stored_mappings(layout, name, mapping), layout.shapes(mapping.shape)
     for part in layout.parts:
         at, full = stored.get(name + part.suffix), name + part.suffix
         unknown = part.dtypes[0] if at is None else dtype_name(checkpoint.arrays.spec(at.weight).dtype)
         dtype = part.dtypes[0] if len(part.dtypes) == 1 else recorded.get(full, unknown)
         if dtype not in part.dtypes:
             raise CheckpointError(f"{MANIFEST} is damaged: {full} is {dtype}, not {' or '.join(part.dtypes)}")
-        yield full, _Tensor(shapes[part.suffix], dtype, at, constant=slot.shape if at is None else ())
+        yield full, _Tensor(shapes[part.suffix], dtype, at, constant=mapping.shape if at is None else ())
 
 
-def _made_tensors(name: str, slot: Slot, layout: Format) -> Iterator[tuple[str, _Tensor]]:
+def _made_tensors(name: str, mapping: TensorMapping, layout: Format) -> Iterator[tuple[str, _Tensor]]:
     """The tensors of a weight that is quantised on the way."""
-    shapes = layout.shapes(slot.shape)
+    shapes = layout.shapes(mapping.shape)
     for part in layout.parts:
         if part.array is None:
-            yield name + part.suffix, _Tensor(shapes[part.suffix], part.dtypes[0], constant=slot.shape)
+            yield name + part.suffix, _Tensor(shapes[part.suffix], part.dtypes[0], constant=mapping.shape)
         else:
             dtype = dtype_name(quantizing.made_dtype(layout, part))
-            yield name + part.suffix, _Tensor(shapes[part.suffix], dtype, slot, weight=True, made=(layout, part))
+            yield name + part.suffix, _Tensor(shapes[part.suffix], dtype, mapping, weight=True, made=(layout, part))
 
 
 class _Copier:
@@ -218,25 +218,25 @@ class _Copier:
         held = _Held(self._checkpoint)
         for name in file.tensors:
             tensor, dtype = self._tensors[name], NUMPY_DTYPES[self._tensors[name].dtype]
-            if tensor.slot is None:
+            if tensor.mapping is None:
                 self._writer.write(name, np.array(tensor.constant, dtype))
                 continue
-            rows = self._weight_rows(name, tensor, tensor.slot) if tensor.weight else held.rows(tensor.slot)
+            rows = self._weight_rows(name, tensor, tensor.mapping) if tensor.weight else held.rows(tensor.mapping)
             for part in rows:
                 self._writer.append(name, part.astype(dtype, copy=False))
 
-    def _weight_rows(self, name: str, tensor: _Tensor, slot: Slot) -> Iterator[np.ndarray]:
+    def _weight_rows(self, name: str, tensor: _Tensor, mapping: TensorMapping) -> Iterator[np.ndarray]:
         """A tensor made of a weight's values, some rows at a time."""
-        front = tuple(slice(at, at + 1) for at in slot.index)
-        for slab, _ in quantizing.slabs(slot, _SLAB_VALUES):
-            index: Index = (*front, slab, *(slice(0, size) for size in slot.part_shape[1:]))
-            values = self._checkpoint.read(slot.weight, index)
+        front = tuple(slice(at, at + 1) for at in mapping.index)
+        for slab, _ in quantizing.slabs(mapping, _SLAB_VALUES):
+            index: Index = (*front, slab, *(slice(0, size) for size in mapping.part_shape[1:]))
+            values = self._checkpoint.read(mapping.weight, index)
             if tensor.made is None:
                 yield values
                 continue
             layout, part = tensor.made
             try:
-                yield quantizing.quantize(layout, values.reshape(-1, slot.shape[1]))[part.suffix]
+                yield quantizing.quantize(layout, values.reshape(-1, mapping.shape[1]))[part.suffix]
             except ValueError as error:
                 raise CheckpointError(f"{name.removesuffix(part.suffix)}: {error}; it cannot be quantised") from None
 
@@ -249,19 +249,19 @@ class _Held:
         self._key: tuple[str, tuple[int, ...]] | None = None
         self._content = np.empty(0)
 
-    def rows(self, slot: Slot) -> Iterator[np.ndarray]:
-        """The part of an array that a slot names, some rows at a time."""
-        spec, depth = self._arrays.spec(slot.weight), len(slot.index)
+    def rows(self, mapping: TensorMapping) -> Iterator[np.ndarray]:
+        """The part of an array that a mapping names, some rows at a time."""
+        spec, depth = self._arrays.spec(mapping.weight), len(mapping.index)
         lead = leading_ones(spec.chunk[:depth])
         if spec.nbytes // math.prod(spec.shape[:lead]) <= _HELD_BYTES:
-            key = (slot.weight, slot.index[:lead])
+            key = (mapping.weight, mapping.index[:lead])
             if key != self._key:
                 self._key, self._content = key, self._arrays.read(*key)
-            yield self._content[slot.index[lead:]]
+            yield self._content[mapping.index[lead:]]
             return
         first, step = spec.shape[depth], spec.chunk[depth]
         for start in range(0, first, step):
-            yield self._arrays.read(slot.weight, (*slot.index, slice(start, min(start + step, first))))
+            yield self._arrays.read(mapping.weight, (*mapping.index, slice(start, min(start + step, first))))
 
 
 def _config(checkpoint: OrbaxSource, assets: Path, layout: Format | None, exempt: list[str]) -> dict[str, Any]:

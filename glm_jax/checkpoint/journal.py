@@ -1,7 +1,7 @@
 """What is done of a long piece of work on a directory, kept so that a killed process loses nothing it had finished.
 
 One process is one writer with a file of its own: a first line that says what the work is, then a line for each
-finished unit, appended and made durable after the unit's own files are. Each line has a checksum: one that a crash cut
+finished item, appended and made durable after the item's own files are. Each line has a checksum: one that a crash cut
 short, or that changed, counts as not written, and so do those after it. Locks belong to open files, so they fall with
 the process that held them.
 """
@@ -50,7 +50,7 @@ class Shard:
         return cls(int(match[1]), int(match[2]))
 
     def has(self, number: int) -> bool:
-        """Whether a unit, by its number, is this process's."""
+        """Whether an item, by its number, is this process's."""
         return number % self.count == self.index
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ class Shard:
 
 
 class Journal:
-    """The finished units in a directory, of all processes that worked there, and this one's file to append to.
+    """The finished items in a directory, of all processes that worked there, and this one's file to append to.
 
     Args:
         directory: where the files of all processes lie.
@@ -80,7 +80,7 @@ class Journal:
             self._repair()
 
     def done(self) -> dict[str, Any]:
-        """Every finished unit of every process, with what was noted of it.
+        """Every finished item of every process, with what was noted of it.
 
         Raises:
             CheckpointError: a journal there belongs to other work; the message says what differs.
@@ -94,9 +94,9 @@ class Journal:
                     found[line["unit"]] = line.get("note")
         return found
 
-    def append(self, units: Iterable[tuple[str, Any]]) -> None:
-        """Note units as finished, durably; what they wrote must be durable already."""
-        lines = b"".join(_encoded({"unit": unit, "note": note}) for unit, note in units)
+    def append(self, items: Iterable[tuple[str, Any]]) -> None:
+        """Note items as finished, durably; what they wrote must be durable already."""
+        lines = b"".join(_encoded({"unit": item, "note": note}) for item, note in items)
         with reporting_os_errors(self._path):
             self._file.write(lines)
             self._file.flush()

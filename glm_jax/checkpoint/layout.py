@@ -1,7 +1,7 @@
-"""The arrays of the one layout and the units that they are written in.
+"""The arrays of the one layout and the items that they are written in.
 
 A chunk is one layer by one expert, so that any mesh reads whole chunks, and what is larger than `MAX_CHUNK_BYTES` is
-divided further by outputs. A unit is everything that the same tensors go to: each tensor is read and hashed once.
+divided further by outputs. An item is everything that the same tensors go to: each tensor is read and hashed once.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from glm_jax.checkpoint.accounting import Problems
-from glm_jax.checkpoint.names import LAYER_GROUPS, Slot, canonical_slots
+from glm_jax.checkpoint.names import LAYER_GROUPS, TensorMapping, canonical_mappings
 from glm_jax.checkpoint.orbax_io import ArraySpec
 from glm_jax.checkpoint.quantize import made_dtype
-from glm_jax.checkpoint.quantized import Format, array_suffixes, stored_slots
+from glm_jax.checkpoint.quantized import Format, array_suffixes, stored_mappings
 from glm_jax.checkpoint.source import HfArrays, HfSource, Index, common_dtype
+from glm_jax.checkpoint.validation import Problems
 from glm_jax.model import Transformer
 from glm_jax.sharding import Weight, weights_by_name
 
@@ -28,7 +28,7 @@ _MAX_SCALES_BYTES = 16 * 2**20  # all experts of a layer in one chunk up to here
 
 
 @dataclasses.dataclass(frozen=True)
-class Unit:
+class WorkItem:
     """Chunks that are written together.
 
     Attributes:
@@ -45,7 +45,7 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """Unique among all units: the array and where the first box begins."""
+        """Unique among all items: the array and where the first box begins."""
         return f"{self.array}[{','.join(str(part.start) for part in self.boxes[0])}]"
 
 
@@ -56,16 +56,16 @@ class Layout:
     Attributes:
         form: the source, as the arrays are made of it.
         kept: weights that stay quantised as they are in the source.
-        made: weights that are quantised on the way, with their formats and the slot of one of their matrices.
+        made: weights that are quantised on the way, with their formats and the mapping of one of their matrices.
         arrays: every array.
-        units: all the work, in the order of the source's bytes.
+        items: all the work, in the order of the source's bytes.
     """
 
     form: HfArrays
     kept: Mapping[str, Format]
-    made: Mapping[str, tuple[Format, Slot]]
+    made: Mapping[str, tuple[Format, TensorMapping]]
     arrays: Mapping[str, ArraySpec]
-    units: tuple[Unit, ...]
+    items: tuple[WorkItem, ...]
 
     @property
     def nbytes(self) -> int:
@@ -87,21 +87,21 @@ def plan_layout(hf: HfSource, *, keep: bool, made: Mapping[str, Format]) -> Layo
     kept = kept_weights(hf) if keep else {}
     form = hf.stored() if kept else hf.weights
     # By the tensor of one expert, whatever form the source has.
-    slots = {slot.weight: slot for slot in canonical_slots(hf.config).values()} if made else {}
+    mappings = {mapping.weight: mapping for mapping in canonical_mappings(hf.config).values()} if made else {}
     arrays: dict[str, ArraySpec] = {}
-    units: list[Unit] = []
+    items: list[WorkItem] = []
     for name, weight in weights_by_name(Transformer(hf.config)).items():
         if name in made:
-            specs, own = _quantized(name, weight, slots[name], made[name], depth=form.depth(name))
+            specs, own = _quantized(name, weight, mappings[name], made[name], depth=form.depth(name))
         else:
             suffixes = array_suffixes(kept[name]) if name in kept else ("",)
             specs = {name + suffix: _copied(form, name + suffix, weight, suffix) for suffix in suffixes}
-            own = [unit for array, spec in specs.items() for unit in _units(array, spec, form.depth(array))]
+            own = [item for array, spec in specs.items() for item in _items(array, spec, form.depth(array))]
         arrays |= specs
-        units += own
-    places = {unit.name: hf.files.tensors[_first_tensor(form, unit)] for unit in units}
-    units.sort(key=lambda unit: (places[unit.name].file, places[unit.name].begin))
-    return Layout(form, kept, {name: (layout, slots[name]) for name, layout in made.items()}, arrays, tuple(units))
+        items += own
+    places = {item.name: hf.files.tensors[_first_tensor(form, item)] for item in items}
+    items.sort(key=lambda item: (places[item.name].file, places[item.name].begin))
+    return Layout(form, kept, {name: (layout, mappings[name]) for name, layout in made.items()}, arrays, tuple(items))
 
 
 def kept_weights(hf: HfSource) -> dict[str, Format]:
@@ -112,8 +112,8 @@ def kept_weights(hf: HfSource) -> dict[str, Format]:
     """
     kept: dict[str, Format] = {}
     parts: dict[str, list[str]] = defaultdict(list)
-    for name, slot in hf.plan.slots.items():
-        parts[slot.weight].append(name)
+    for name, mapping in hf.plan.mappings.items():
+        parts[mapping.weight].append(name)
     problems = Problems()
     for weight, names in parts.items():
         layouts = [hf.plan.quantized.get(name) for name in names]
@@ -126,8 +126,8 @@ def kept_weights(hf: HfSource) -> dict[str, Format]:
     return kept
 
 
-def _first_tensor(form: HfArrays, unit: Unit) -> str:
-    name, _ = form.tensors_in(unit.array, unit.boxes[0])[0]
+def _first_tensor(form: HfArrays, item: WorkItem) -> str:
+    name, _ = form.tensors_in(item.array, item.boxes[0])[0]
     return form.stored(name)[0]
 
 
@@ -138,8 +138,8 @@ def _lead(name: str, weight: Weight) -> int:
 
 def _copied(form: HfArrays, name: str, weight: Weight, suffix: str) -> ArraySpec:
     """An array of the source's values: the dtype of its tensors."""
-    value, slot = weight.get_raw_value(), form.slot(name)
-    shape = (*value.shape[: len(slot.index)], *slot.part_shape)
+    value, mapping = weight.get_raw_value(), form.mapping(name)
+    shape = (*value.shape[: len(mapping.index)], *mapping.part_shape)
     dtype = np.dtype(value.dtype) if weight.pinned else common_dtype(form.dtypes(name))
     lead = _lead(name, weight)
     layer = int(name.split(".")[0] in LAYER_GROUPS)
@@ -161,8 +161,8 @@ def _chunk(shape: tuple[int, ...], lead: int, itemsize: int) -> tuple[int, ...]:
     return tuple(chunk)
 
 
-def _units(array: str, spec: ArraySpec, depth: int) -> Iterator[Unit]:
-    """The units of an array: all boxes of one place in the first `depth` dimensions, which distinguish its tensors."""
+def _items(array: str, spec: ArraySpec, depth: int) -> Iterator[WorkItem]:
+    """The items of an array: all boxes of one place in the first `depth` dimensions, which distinguish its tensors."""
     single = next((i for i, size in enumerate(spec.chunk) if size != 1), len(spec.chunk))
     lead = min(single, depth)
     itemsize = spec.nbytes // math.prod(spec.shape)
@@ -170,7 +170,7 @@ def _units(array: str, spec: ArraySpec, depth: int) -> Iterator[Unit]:
         front = tuple(slice(at, at + 1) for at in place)
         boxes = tuple(front + box for box in _boxes(spec.shape[lead:], spec.chunk[lead:]))
         sizes = [itemsize * math.prod(part.stop - part.start for part in box) for box in boxes]
-        yield Unit(array, boxes, sum(sizes), max(sizes))
+        yield WorkItem(array, boxes, sum(sizes), max(sizes))
 
 
 def _boxes(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[Index]:
@@ -182,16 +182,16 @@ def _boxes(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[Index]:
 
 
 def _quantized(
-    name: str, weight: Weight, slot: Slot, layout: Format, *, depth: int
-) -> tuple[dict[str, ArraySpec], list[Unit]]:
-    """The arrays of a weight that is quantised on the way, and its units, whose boxes are the weight's.
+    name: str, weight: Weight, mapping: TensorMapping, layout: Format, *, depth: int
+) -> tuple[dict[str, ArraySpec], list[WorkItem]]:
+    """The arrays of a weight that is quantised on the way, and its items, whose boxes are the weight's.
 
     Nothing of it is divided by rows: narrow matrices are small enough for one chunk, and a layer's scales are one file.
     The source's tensors are distinguished by the weight's first `depth` dimensions.
     """
     shape = tuple(weight.get_raw_value().shape)
-    matrix = len(slot.index)
-    stored = stored_slots(layout, "", slot)
+    matrix = len(mapping.index)
+    stored = stored_mappings(layout, "", mapping)
     full = {
         part.array: ((*shape[:matrix], *stored[part.suffix].part_shape), made_dtype(layout, part))
         for part in layout.parts
@@ -207,9 +207,9 @@ def _quantized(
     held = sum(spec.nbytes for spec in arrays.values()) // math.prod(shape[:lead])
     together = min(lead, depth)
     whole = tuple(slice(0, size) for size in shape[lead:])
-    units = []
+    items = []
     for place in itertools.product(*(range(size) for size in shape[:together])):
         front = tuple(slice(at, at + 1) for at in place)
         boxes = tuple(front + box + whole for box in _boxes(shape[together:lead], (1,) * (lead - together)))
-        units.append(Unit(name, boxes, held * len(boxes), held))
-    return arrays, units
+        items.append(WorkItem(name, boxes, held * len(boxes), held))
+    return arrays, items

@@ -29,7 +29,7 @@ from glm_jax.errors import CheckpointError
 from glm_jax.model import Transformer
 from glm_jax.model.transformer import in_form, platform_stacks, runtime_model
 from glm_jax.sharding import QuantizedArray, Rules, default_mesh, map_weights, with_shardings
-from glm_jax.sharding.distributed import check_mesh
+from glm_jax.sharding.host_arrays import check_mesh
 
 Read = Callable[[Index], np.ndarray]
 

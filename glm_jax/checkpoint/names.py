@@ -36,7 +36,7 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Slot:
+class TensorMapping:
     """The place of one tensor: `weight[index]`, in the shape that Hugging Face stores it.
 
     Attributes:
@@ -141,19 +141,19 @@ LAYER_GROUPS = ("dense", "moe")
 _JUNK = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
-def is_junk(name: str, config: ModelConfig) -> bool:
+def is_ignored(name: str, config: ModelConfig) -> bool:
     """Whether a tensor is known to be superfluous: old rotary tables, or the head of a model that ties it."""
     return bool(_JUNK.fullmatch(name)) or (config.tie_embeddings and name == "lm_head.weight")
 
 
-def canonical_slots(config: ModelConfig) -> dict[str, Slot]:
-    """Every tensor of the family's published layout (one for each expert) with its slot, in checkpoint order."""
-    return {name: slot for name, slot, fused in _all_slots(config) if not fused}
+def canonical_mappings(config: ModelConfig) -> dict[str, TensorMapping]:
+    """Every tensor of the family's published layout (one for each expert) with its mapping, in checkpoint order."""
+    return {name: mapping for name, mapping, fused in _all_mappings(config) if not fused}
 
 
-def fused_slots(config: ModelConfig) -> dict[str, Slot]:
+def fused_mappings(config: ModelConfig) -> dict[str, TensorMapping]:
     """The tensors that may stand in for the per-expert ones, each with the names it replaces."""
-    return {name: slot for name, slot, fused in _all_slots(config) if fused}
+    return {name: mapping for name, mapping, fused in _all_mappings(config) if fused}
 
 
 def mtp_prefix(config: ModelConfig) -> str:
@@ -167,7 +167,7 @@ def mtp_copy_names(config: ModelConfig) -> dict[str, str]:
     return {kind: mtp_prefix(config) + rows[f"{kind}.weight"] for kind in ("embedding", "head")}
 
 
-def _all_slots(config: ModelConfig) -> Iterator[tuple[str, Slot, bool]]:
+def _all_mappings(config: ModelConfig) -> Iterator[tuple[str, TensorMapping, bool]]:
     table = _TABLES[config.model_type]
     experts = config.moe.num_experts if config.moe is not None else 1
     if config.num_layers * experts > MAX_EXPERTS_IN_ALL:
@@ -176,27 +176,29 @@ def _all_slots(config: ModelConfig) -> Iterator[tuple[str, Slot, bool]]:
         )
     shapes = {name: w.get_raw_value().shape for name, w in weights_by_name(Transformer(config)).items()}
 
-    def expand(rows: tuple[Row, ...], prefix: str, group: str, lead: tuple[int, ...]) -> Iterator[tuple[str, Slot]]:
+    def expand(
+        rows: tuple[Row, ...], prefix: str, group: str, lead: tuple[int, ...]
+    ) -> Iterator[tuple[str, TensorMapping]]:
         for row in rows:
             weight = group + row.weight
             if weight not in shapes:
                 continue
             if "{expert}" not in row.tensor:
-                yield prefix + row.tensor, _slot(row, weight, shapes[weight], lead + row.part)
+                yield prefix + row.tensor, _mapping(row, weight, shapes[weight], lead + row.part)
                 continue
             for expert in range(config.moe.num_experts):
                 name = prefix + row.tensor.format(expert=expert)
-                yield name, _slot(row, weight, shapes[weight], (*lead, expert, *row.part))
+                yield name, _mapping(row, weight, shapes[weight], (*lead, expert, *row.part))
 
-    def expand_layer(prefix: str, group: str, lead: tuple[int, ...]) -> Iterator[tuple[str, Slot, bool]]:
+    def expand_layer(prefix: str, group: str, lead: tuple[int, ...]) -> Iterator[tuple[str, TensorMapping, bool]]:
         single = list(expand(table["layer"], prefix, group, lead))
-        yield from ((name, slot, False) for name, slot in single)
-        for name, slot in expand(table["fused"], prefix, group, lead):
-            replaced = tuple(other for other, s in single if s.weight == slot.weight)
-            yield name, dataclasses.replace(slot, stands_for=replaced), True
+        yield from ((name, mapping, False) for name, mapping in single)
+        for name, mapping in expand(table["fused"], prefix, group, lead):
+            replaced = tuple(other for other, s in single if s.weight == mapping.weight)
+            yield name, dataclasses.replace(mapping, stands_for=replaced), True
 
-    for name, slot in expand(table["model"], "", "", ()):
-        yield name, slot, False
+    for name, mapping in expand(table["model"], "", "", ()):
+        yield name, mapping, False
     for number in range(config.num_layers):
         dense = number < config.num_dense_layers
         group, position = ("dense.", number) if dense else ("moe.", number - config.num_dense_layers)
@@ -204,16 +206,16 @@ def _all_slots(config: ModelConfig) -> Iterator[tuple[str, Slot, bool]]:
     if config.num_mtp_layers:
         prefix = mtp_prefix(config)
         yield from expand_layer(prefix, "mtp.layer.", ())
-        for name, slot in expand(table["mtp"], prefix, "mtp.", ()):
-            yield name, slot, False
+        for name, mapping in expand(table["mtp"], prefix, "mtp.", ()):
+            yield name, mapping, False
 
 
-def _slot(row: Row, weight: str, shape: tuple[int, ...], index: tuple[int, ...]) -> Slot:
+def _mapping(row: Row, weight: str, shape: tuple[int, ...], index: tuple[int, ...]) -> TensorMapping:
     rest = shape[len(index) :]
     if row.fold is None:
-        return Slot(weight, index, rest, rest)
+        return TensorMapping(weight, index, rest, rest)
     folded, position = [], 0
     for count in row.fold:
         folded.append(math.prod(rest[position : position + count]))
         position += count
-    return Slot(weight, index, rest, tuple(folded))
+    return TensorMapping(weight, index, rest, tuple(folded))

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from glm_jax.checkpoint.names import Slot, canonical_slots, fused_slots
+from glm_jax.checkpoint.names import TensorMapping, canonical_mappings, fused_mappings
 from glm_jax.checkpoint.orbax_io import OrbaxReader
 from glm_jax.checkpoint.quantized import (
     DEQUANTIZED,
@@ -24,7 +24,7 @@ from glm_jax.checkpoint.quantized import (
     Index,
     format_from_json,
     rows_and_columns,
-    stored_slots,
+    stored_mappings,
 )
 from glm_jax.checkpoint.safetensors import NUMPY_DTYPES
 from glm_jax.checkpoint.source import common_dtype
@@ -133,7 +133,7 @@ class OrbaxSource:
         self.manifest = read_manifest(Path(directory))
         self.config = self.manifest.config
         self.arrays = OrbaxReader(directory)
-        self._slots = _one_slot_each(self.config) if self.manifest.kept else {}
+        self._mappings = _one_mapping_each(self.config) if self.manifest.kept else {}
         self._check_arrays(Path(directory))
 
     def read(self, weight: str, index: Index) -> np.ndarray:
@@ -145,9 +145,9 @@ class OrbaxSource:
         """The weights that are kept quantised and what they are stored as."""
         return dict(self.manifest.kept)
 
-    def slot(self, weight: str) -> Slot:
-        """The slot of one of the matrices of a weight that is kept quantised."""
-        return self._slots[weight]
+    def mapping(self, weight: str) -> TensorMapping:
+        """The mapping of one of the matrices of a weight that is kept quantised."""
+        return self._mappings[weight]
 
     def read_stored(self, array: str, index: Index) -> np.ndarray:
         """The slice `array[index]` of an array as it is, from the chunks that it touches."""
@@ -155,12 +155,12 @@ class OrbaxSource:
 
     def _dequantize(self, weight: str, index: Index, layout: Format) -> np.ndarray:
         """Matrix by matrix; of each array one chunk's layer and expert is held at a time."""
-        slot = self._slots[weight]
-        depth = len(slot.index)
-        rows, columns = rows_and_columns(slot, index[depth:])
+        mapping = self._mappings[weight]
+        depth = len(mapping.index)
+        rows, columns = rows_and_columns(mapping, index[depth:])
         arrays = {part.suffix: weight + part.array for part in layout.parts if part.array is not None}
         held = {suffix: _HeldChunk(self.arrays, name, depth) for suffix, name in arrays.items()}
-        shapes = layout.shapes(slot.shape)
+        shapes = layout.shapes(mapping.shape)
         result = np.empty([part.stop - part.start for part in index], DEQUANTIZED)
         for at in np.ndindex(*result.shape[:depth]):
             lead = tuple(part.start + i for part, i in zip(index, at, strict=False))
@@ -172,7 +172,7 @@ class OrbaxSource:
         """Hold the arrays against the configuration: a slice of a larger array would load, and be wrong."""
         declared = weights_by_name(Transformer(self.config))
         weights = {name: weight.get_raw_value().shape for name, weight in declared.items()}
-        unknown = [name for name in self.manifest.kept if name not in weights or len(self._slots[name].shape) != 2]
+        unknown = [name for name in self.manifest.kept if name not in weights or len(self._mappings[name].shape) != 2]
         if unknown:
             raise CheckpointError(f"{directory / MANIFEST} is damaged: it has {unknown[0]!r} as a quantised matrix")
         expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]] = {}
@@ -201,23 +201,23 @@ class OrbaxSource:
         """The dtypes of the tensors that each weight was made of, as far as the manifest has them."""
         layout, tensors = self.manifest.source_layout, self.manifest.tensors
         found: dict[str, list[np.dtype]] = defaultdict(list)
-        for name, slot in (canonical_slots(self.config) | fused_slots(self.config)).items():
+        for name, mapping in (canonical_mappings(self.config) | fused_mappings(self.config)).items():
             first = None if layout is None else tensors.get(name + layout.parts[0].suffix)
             if layout is not None and first is not None and first.dtype in layout.parts[0].dtypes:
-                found[slot.weight].append(DEQUANTIZED)
+                found[mapping.weight].append(DEQUANTIZED)
             elif name in tensors:
-                found[slot.weight].append(NUMPY_DTYPES[tensors[name].dtype])
+                found[mapping.weight].append(NUMPY_DTYPES[tensors[name].dtype])
         return found
 
     def _expected_parts(
         self, name: str, shape: tuple[int, ...], layout: Format
     ) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
         """Shape and legal dtypes of each array of a weight that is kept quantised."""
-        slot = self._slots[name]
-        stored = stored_slots(layout, "", slot)
+        mapping = self._mappings[name]
+        stored = stored_mappings(layout, "", mapping)
         return {
             stored[part.suffix].weight: (
-                (*shape[: len(slot.index)], *stored[part.suffix].part_shape),
+                (*shape[: len(mapping.index)], *stored[part.suffix].part_shape),
                 tuple(NUMPY_DTYPES[dtype].name for dtype in part.dtypes),
             )
             for part in layout.parts
@@ -247,6 +247,6 @@ def leading_ones(chunk: tuple[int, ...]) -> int:
     return next((i for i, size in enumerate(chunk) if size != 1), len(chunk))
 
 
-def _one_slot_each(config: ModelConfig) -> dict[str, Slot]:
-    """For each weight the slot of one of its tensors."""
-    return {slot.weight: slot for slot in canonical_slots(config).values()}
+def _one_mapping_each(config: ModelConfig) -> dict[str, TensorMapping]:
+    """For each weight the mapping of one of its tensors."""
+    return {mapping.weight: mapping for mapping in canonical_mappings(config).values()}

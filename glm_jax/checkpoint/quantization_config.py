@@ -1,6 +1,6 @@
 """The `quantization_config` of a config.json: which format a source's quantised matrices have.
 
-It says how, the tensors say which: a matrix is quantised if its scales are there, and the accounting holds the two
+It says how, the tensors say which: a matrix is quantised if its scales are there, and validation holds the two
 against each other. What the activations of the source's own runtime are rounded to is of no concern here.
 """
 

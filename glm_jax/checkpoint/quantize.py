@@ -14,10 +14,10 @@ from typing import Protocol
 import ml_dtypes
 import numpy as np
 
-from glm_jax.checkpoint.names import Slot
+from glm_jax.checkpoint.names import TensorMapping
 from glm_jax.checkpoint.orbax_io import DTYPES as NUMPY_DTYPES_BY_NAME
 from glm_jax.checkpoint.orbax_io import ArraySpec
-from glm_jax.checkpoint.quantized import Format, Fp8, Index, Int8, PackedInt4, Part, stored_slots
+from glm_jax.checkpoint.quantized import Format, Fp8, Index, Int8, PackedInt4, Part, stored_mappings
 from glm_jax.checkpoint.safetensors import NUMPY_DTYPES
 from glm_jax.configs import ModelConfig
 from glm_jax.errors import CheckpointError, InputError
@@ -45,8 +45,8 @@ class ArrayReader(Protocol):
         """A slice of a weight."""
         ...
 
-    def tensors_in(self, array: str, index: Index) -> list[tuple[str, Slot]]:
-        """The names and slots of the tensors that a slice is made of."""
+    def tensors_in(self, array: str, index: Index) -> list[tuple[str, TensorMapping]]:
+        """The names and mappings of the tensors that a slice is made of."""
         ...
 
 
@@ -119,18 +119,18 @@ def made_dtype(layout: Format, part: Part) -> np.dtype:
     return NUMPY_DTYPES[part.dtypes[0]]
 
 
-def quantize_unit(
-    form: ArrayReader, writer: ArrayWriter, weight: str, box: Index, *, layout: Format, slot: Slot
+def quantize_item(
+    form: ArrayReader, writer: ArrayWriter, weight: str, box: Index, *, layout: Format, mapping: TensorMapping
 ) -> Loss:
-    """Quantise the matrices in `box` of a weight, each as large as `slot`, some rows at a time; write their parts.
+    """Quantise the matrices in `box` of a weight, each as large as `mapping`, some rows at a time; write their parts.
 
     Raises:
         CheckpointError: a value is not finite.
     """
-    depth = len(slot.index)
+    depth = len(mapping.index)
     lead, inner = box[:depth], box[depth:]
     places = list(itertools.product(*(range(part.start, part.stop) for part in lead)))
-    stored, shapes = stored_slots(layout, "", slot), layout.shapes(slot.shape)
+    stored, shapes = stored_mappings(layout, "", mapping), layout.shapes(mapping.shape)
     made = [part for part in layout.parts if part.array is not None]
     buffers = {
         part.suffix: np.empty(
@@ -141,8 +141,8 @@ def quantize_unit(
     lost = Loss(0.0, 0.0)
     for number, place in enumerate(places):
         at = tuple(slice(i, i + 1) for i in place)
-        for slab, rows in slabs(slot, _SLAB_VALUES):
-            matrix = form.read(weight, (*at, slab, *inner[1:])).reshape(rows.stop - rows.start, slot.shape[1])
+        for slab, rows in slabs(mapping, _SLAB_VALUES):
+            matrix = form.read(weight, (*at, slab, *inner[1:])).reshape(rows.stop - rows.start, mapping.shape[1])
             try:
                 parts = quantize(layout, matrix)
             except ValueError as error:
@@ -159,15 +159,15 @@ def quantize_unit(
     return lost
 
 
-def slabs(slot: Slot, values: int) -> Iterator[tuple[slice, slice]]:
+def slabs(mapping: TensorMapping, values: int) -> Iterator[tuple[slice, slice]]:
     """Parts of a tensor of about as many values, in whole blocks of rows.
 
     Yields where each lies along the first dimension of the tensor's place in the weight, and along the tensor's own.
     """
-    first, rows = slot.part_shape[0], slot.shape[0]
+    first, rows = mapping.part_shape[0], mapping.shape[0]
     each = rows // first
     whole = _ROW_BLOCK // math.gcd(_ROW_BLOCK, each)  # of the first dimension, that are whole blocks of rows
-    step = max(1, values // (each * math.prod(slot.shape[1:]) * whole)) * whole
+    step = max(1, values // (each * math.prod(mapping.shape[1:]) * whole)) * whole
     for start in range(0, first, step):
         stop = min(start + step, first)
         yield slice(start, stop), slice(start * each, stop * each)

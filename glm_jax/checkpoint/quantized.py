@@ -18,7 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from glm_jax.checkpoint.names import Slot
+from glm_jax.checkpoint.names import TensorMapping
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 DEQUANTIZED = np.dtype(ml_dtypes.bfloat16)
@@ -235,34 +235,34 @@ def array_suffixes(layout: Format) -> tuple[str, ...]:
     return tuple(part.array for part in layout.parts if part.array is not None)
 
 
-def stored_slots(layout: Format, name: str, slot: Slot) -> dict[str, Slot]:
+def stored_mappings(layout: Format, name: str, mapping: TensorMapping) -> dict[str, TensorMapping]:
     """Where the tensors of a quantised matrix go when they are kept, by their names.
 
     Values that have the weight's shape take its place. Scales and packed values keep their two dimensions behind the
     leading indices: beside `moe.moe.experts.gate_up` [L, E, 2, F, D] there is `moe.moe.experts.gate_up.scale`
     [L, E, 2, F / 128, D / 128].
     """
-    shapes = layout.shapes(slot.shape)
-    slots = {}
+    shapes = layout.shapes(mapping.shape)
+    mappings = {}
     for part in layout.parts:
         if part.array is not None:
             shape = shapes[part.suffix]
-            moved = Slot(slot.weight + part.array, slot.index, shape, shape)
-            slots[name + part.suffix] = moved if part.array else slot
-    return slots
+            moved = TensorMapping(mapping.weight + part.array, mapping.index, shape, shape)
+            mappings[name + part.suffix] = moved if part.array else mapping
+    return mappings
 
 
-def rows_and_columns(slot: Slot, index: Index) -> tuple[np.ndarray, np.ndarray]:
-    """The rows and columns of the stored matrix that `index` into the slot's part of the weight selects.
+def rows_and_columns(mapping: TensorMapping, index: Index) -> tuple[np.ndarray, np.ndarray]:
+    """The rows and columns of the stored matrix that `index` into the mapping's part of the weight selects.
 
     `q_b_proj` [N * H, D] is `attention.q_b` [N, H, D]: rows are numbered over the first two dimensions.
     """
     split, count = 0, 1
-    while count < slot.shape[0]:
-        count *= slot.part_shape[split]
+    while count < mapping.shape[0]:
+        count *= mapping.part_shape[split]
         split += 1
     split = max(split, 1)
-    return _numbers(slot.part_shape[:split], index[:split]), _numbers(slot.part_shape[split:], index[split:])
+    return _numbers(mapping.part_shape[:split], index[:split]), _numbers(mapping.part_shape[split:], index[split:])
 
 
 def _numbers(sizes: tuple[int, ...], index: Index) -> np.ndarray:

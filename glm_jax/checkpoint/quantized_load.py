@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from glm_jax.checkpoint.names import Slot
+from glm_jax.checkpoint.names import TensorMapping
 from glm_jax.checkpoint.quantized import Format, Fp8, Index, Int8, PackedInt4, rows_and_columns
 from glm_jax.checkpoint.source import Source
 from glm_jax.errors import InputError
@@ -58,7 +58,7 @@ class Leaf:
         source: where it is read.
         weight: its name in the stacked model.
         layout: what its matrices are stored as.
-        slot: of one of its matrices.
+        mapping: of one of its matrices.
         groups: of the inputs, each with a scale for each output; None for one scale for all inputs.
         dtype: of the values on the mesh's devices.
     """
@@ -66,7 +66,7 @@ class Leaf:
     source: Source
     weight: str
     layout: Format
-    slot: Slot
+    mapping: TensorMapping
     groups: int | None
     dtype: np.dtype
 
@@ -82,7 +82,7 @@ class Leaf:
         if not isinstance(self.layout, PackedInt4):
             return self.source.read_stored(self.weight, index).view(self.dtype)
         lead, inner = self._divide(index)
-        rows, columns = rows_and_columns(self.slot, inner)
+        rows, columns = rows_and_columns(self.mapping, inner)
         words = slice(int(columns[0]) // _PER_WORD, int(columns[-1]) // _PER_WORD + 1)
         packed = self.source.read_stored(self.weight + ".packed", (*lead, _window(rows), words))
         packed = np.ascontiguousarray(_choose(packed, rows, axis=-2), "<i4").view(np.uint8)
@@ -96,20 +96,20 @@ class Leaf:
         """The slice `scale[index]`, spread over the outputs that share it; float32."""
         lead, inner = self._divide(index)
         outputs = inner if self.groups is None else inner[:-1]
-        sizes = self.slot.part_shape[len(outputs) :]
-        rows, _ = rows_and_columns(self.slot, (*outputs, *(slice(0, size) for size in sizes)))
+        sizes = self.mapping.part_shape[len(outputs) :]
+        rows, _ = rows_and_columns(self.mapping, (*outputs, *(slice(0, size) for size in sizes)))
         rows = rows // (self.layout.rows if isinstance(self.layout, Fp8) else 1)
         columns = np.zeros(1, np.int64)
         if self.groups is not None:
             block = column_block(self.layout)
             assert block is not None
-            columns = np.arange(inner[-1].start, inner[-1].stop) * (self.slot.shape[1] // self.groups) // block
+            columns = np.arange(inner[-1].start, inner[-1].stop) * (self.mapping.shape[1] // self.groups) // block
         part = self.source.read_stored(self.weight + ".scale", (*lead, _window(rows), _window(columns)))
         part = _choose(_choose(part, rows, axis=-2), columns, axis=-1)
         return part.astype(np.float32).reshape([part.stop - part.start for part in index])
 
     def _divide(self, index: Index) -> tuple[Index, Index]:
-        depth = len(self.slot.index)
+        depth = len(self.mapping.index)
         return index[:depth], index[depth:]
 
 
@@ -169,13 +169,13 @@ def _decide(
         return "quantised in some layers or experts only"
     if not weight.inputs:
         return "the model has no product for it in quantised form"
-    slot, shape = source.slot(name), weight.get_raw_value().shape
-    first, inputs = len(shape) - weight.inputs, slot.shape[-1]
+    mapping, shape = source.mapping(name), weight.get_raw_value().shape
+    first, inputs = len(shape) - weight.inputs, mapping.shape[-1]
     if math.prod(shape[first:]) != inputs:
         return "its matrices are not stored by outputs and inputs"
     block = column_block(layout)
     if block is None or block >= inputs:
-        return Leaf(source, name, layout, slot, None, dtypes[type(layout)])
+        return Leaf(source, name, layout, mapping, None, dtypes[type(layout)])
     share = placed.shard_shape(shape)
     if share[first + 1 :] != shape[first + 1 :]:
         return "its inputs are split over devices by more than their first dimension"
@@ -183,7 +183,7 @@ def _decide(
     group = math.gcd(block, local)
     if group < min(block, MIN_GROUP):
         return f"groups of {block} do not divide the inputs that a device has of them"
-    return Leaf(source, name, layout, slot, inputs // group, dtypes[type(layout)])
+    return Leaf(source, name, layout, mapping, inputs // group, dtypes[type(layout)])
 
 
 def _window(numbers: np.ndarray) -> slice:

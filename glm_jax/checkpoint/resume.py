@@ -1,7 +1,7 @@
-"""A directory that is filled unit by unit, by threads and by several processes, and that survives being killed.
+"""A directory that is filled item by item, by threads and by several processes, and that survives being killed.
 
-It grows beside its final name, which it gets when every unit is there. Whoever comes later with the same work goes on
-where the others stopped: a journal says which units are finished. Each process holds a lock for its share, so that a
+It grows beside its final name, which it gets when every item is there. Whoever comes later with the same work goes on
+where the others stopped: a journal says which items are finished. Each process holds a lock for its share, so that a
 second start of the same share is refused, and the process that finds everything done waits for the others to let go
 before it gives the directory its name.
 """
@@ -21,12 +21,12 @@ from glm_jax.checkpoint.journal import Journal, Shard, remove_journals
 from glm_jax.errors import CheckpointError
 
 Progress = Callable[[int, int], None]
-MAX_BYTES_IN_FLIGHT = 128 * 2**20  # of units' largest pieces; each is held about three times on its way
+MAX_BYTES_IN_FLIGHT = 128 * 2**20  # of items' largest pieces; each is held about three times on its way
 _LOCK = "lock"
 _UNFINISHED = "unfinished"
 
 
-class Unit(Protocol):
+class WorkItem(Protocol):
     """A piece of work: its name, the bytes it stands for, and the bytes that it holds at a time."""
 
     @property
@@ -55,7 +55,7 @@ class ResumableDirectory:
 
     Attributes:
         path: the directory to write into.
-        done: what was noted of each finished unit, by name, of all processes, as of the last look.
+        done: what was noted of each finished item, by name, of all processes, as of the last look.
 
     Raises:
         CheckpointError: the target is taken, another process holds this share or is finishing the work, the directory
@@ -80,41 +80,41 @@ class ResumableDirectory:
             self.done = self._journal.done()
             opened.pop_all()
 
-    def check_space(self, units: Sequence[Unit]) -> None:
+    def check_space(self, items: Sequence[WorkItem]) -> None:
         """Raise CheckpointError if there is no room for what is left to write."""
-        check_free_space(self.path, sum(unit.nbytes for unit in units if unit.name not in self.done))
+        check_free_space(self.path, sum(item.nbytes for item in items if item.name not in self.done))
 
     def run(
-        self, units: Sequence[Unit], process: Callable[[Any], Any], *, threads: int, progress: Progress | None
+        self, items: Sequence[WorkItem], process: Callable[[Any], Any], *, threads: int, progress: Progress | None
     ) -> None:
-        """Process this share's units that are not done, several at a time; note each when its bytes are durable.
+        """Process this share's items that are not done, several at a time; note each when its bytes are durable.
 
-        What `process` returns is noted with the unit, as JSON values. When one fails, those under way are finished and
+        What `process` returns is noted with the item, as JSON values. When one fails, those under way are finished and
         noted before its error is raised.
         """
-        share = [unit for number, unit in enumerate(units) if self.shard.has(number)]
-        total = sum(unit.nbytes for unit in share)
-        left = [unit for unit in share if unit.name not in self.done]
-        finished = total - sum(unit.nbytes for unit in left)
+        share = [item for number, item in enumerate(items) if self.shard.has(number)]
+        total = sum(item.nbytes for item in share)
+        left = [item for item in share if item.name not in self.done]
+        finished = total - sum(item.nbytes for item in left)
 
-        def note(units: Sequence[tuple[Unit, Any]]) -> None:
+        def note(items: Sequence[tuple[WorkItem, Any]]) -> None:
             nonlocal finished
-            self._journal.append((unit.name, result) for unit, result in units)
-            finished += sum(unit.nbytes for unit, _ in units)
+            self._journal.append((item.name, result) for item, result in items)
+            finished += sum(item.nbytes for item, _ in items)
 
         def shown() -> None:
             if progress is not None:
                 progress(finished, total)
 
-        run_units(left, process, threads=threads, done=note, step=shown)
+        run_items(left, process, threads=threads, done=note, step=shown)
         self.done = self._journal.done()
 
-    def finish(self, units: Sequence[Unit], complete: Callable[[dict[str, Any]], None]) -> bool:
-        """If every unit of every share is done, let `complete` write the rest and give the directory its name.
+    def finish(self, items: Sequence[WorkItem], complete: Callable[[dict[str, Any]], None]) -> bool:
+        """If every item of every share is done, let `complete` write the rest and give the directory its name.
 
         Returns whether the work is complete now, by this process or another that was finishing at the same time.
         """
-        if any(unit.name not in self.done for unit in units):
+        if any(item.name not in self.done for item in items):
             self.close()
             return False
         with reporting_os_errors(self.path):
@@ -143,7 +143,7 @@ class ResumableDirectory:
             self.done = self._journal.done()
         if self.done:
             self.close()
-            return f"{len(self.done)} units are done in {self.path}, and the same command goes on from there"
+            return f"{len(self.done)} items are done in {self.path}, and the same command goes on from there"
         with contextlib.suppress(OSError):
             fcntl.flock(self._lock.fileno(), fcntl.LOCK_UN)
             fcntl.flock(self._lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)  # not while others work there
@@ -177,26 +177,26 @@ def resumable_directory(
         work.close()
 
 
-def run_units(
-    units: Sequence[Any],
+def run_items(
+    items: Sequence[Any],
     process: Callable[[Any], Any],
     *,
     threads: int,
     done: Callable[[Sequence[tuple[Any, Any]]], None],
     step: Callable[[], None],
 ) -> None:
-    """Process units in threads, as many at a time as memory is meant for, and hand `done` those that are ready.
+    """Process items in threads, as many at a time as memory is meant for, and hand `done` those that are ready.
 
-    `step` is called after each time. When a unit or `step` fails, the units under way are finished and handed over
+    `step` is called after each time. When an item or `step` fails, the items under way are finished and handed over
     before the error is raised.
     """
-    left, running = list(reversed(units)), dict[Future[Any], Unit]()
-    with ThreadPoolExecutor(threads, thread_name_prefix="units") as pool:
+    left, running = list(reversed(items)), dict[Future[Any], WorkItem]()
+    with ThreadPoolExecutor(threads, thread_name_prefix="items") as pool:
         try:
             while left or running:
                 while left and _fits(left[-1], running, threads):
-                    unit = left.pop()
-                    running[pool.submit(process, unit)] = unit
+                    item = left.pop()
+                    running[pool.submit(process, item)] = item
                 _collect(running, done)
                 step()
         except BaseException:
@@ -206,12 +206,12 @@ def run_units(
             raise
 
 
-def _collect(running: dict[Future[Any], Unit], done: Callable[[Sequence[tuple[Any, Any]]], None]) -> None:
-    """Wait for some of the running units and hand over those that are good; raise what one of the others raised."""
+def _collect(running: dict[Future[Any], WorkItem], done: Callable[[Sequence[tuple[Any, Any]]], None]) -> None:
+    """Wait for some of the running items and hand over those that are good; raise what one of the others raised."""
     ready, _ = wait(running, return_when=FIRST_COMPLETED)
     taken = [(running.pop(future), future) for future in ready]
     errors = [error for _, future in taken if (error := future.exception()) is not None]
-    good = [(unit, future.result()) for unit, future in taken if future.exception() is None]
+    good = [(item, future.result()) for item, future in taken if future.exception() is None]
     if good:
         done(good)
     if errors:
@@ -223,7 +223,7 @@ def default_threads() -> int:
     return max(2, min(8, 2 * len(os.sched_getaffinity(0))))
 
 
-def _fits(unit: Unit, running: Mapping[Any, Unit], threads: int) -> bool:
-    """Whether one more unit may begin: always if none runs."""
+def _fits(item: WorkItem, running: Mapping[Any, WorkItem], threads: int) -> bool:
+    """Whether one more item may begin: always if none runs."""
     held = sum(other.held for other in running.values())
-    return not running or (len(running) < threads and held + unit.held <= MAX_BYTES_IN_FLIGHT)
+    return not running or (len(running) < threads and held + item.held <= MAX_BYTES_IN_FLIGHT)

@@ -17,14 +17,14 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from glm_jax import configs
-from glm_jax.checkpoint.accounting import Problems, plan_source
 from glm_jax.checkpoint.files import Directory, open_directory, read_small
-from glm_jax.checkpoint.names import Slot
+from glm_jax.checkpoint.names import TensorMapping
 from glm_jax.checkpoint.quantization_config import read_quantization
-from glm_jax.checkpoint.quantized import DEQUANTIZED, Format, Index, rows_and_columns, stored_slots
+from glm_jax.checkpoint.quantized import DEQUANTIZED, Format, Index, rows_and_columns, stored_mappings
 from glm_jax.checkpoint.safetensors import NUMPY_DTYPES
 from glm_jax.checkpoint.safetensors_dir import SafetensorsDir
 from glm_jax.checkpoint.text_part import TextPart, has_text_part, text_config
+from glm_jax.checkpoint.validation import Problems, plan_source
 from glm_jax.configs import ModelConfig
 from glm_jax.configs.hf import parse_config_json
 from glm_jax.errors import CheckpointError, ConfigError
@@ -46,12 +46,12 @@ class Source(Protocol):
         """The weights with quantised matrices and what these are stored as; None where some are and others not."""
         ...
 
-    def slot(self, weight: str) -> Slot:
-        """The slot of one of the matrices of a quantised weight."""
+    def mapping(self, weight: str) -> TensorMapping:
+        """The mapping of one of the matrices of a quantised weight."""
         ...
 
     def read_stored(self, array: str, index: Index) -> np.ndarray:
-        """As `read`, of one of the arrays that a quantised weight is stored as (`quantized.stored_slots`)."""
+        """As `read`, of one of the arrays that a quantised weight is stored as (`quantized.stored_mappings`)."""
         ...
 
 
@@ -73,38 +73,38 @@ class HfArrays:
 
     Args:
         files: the safetensors of the directory.
-        slots: where each tensor goes.
-        quantized: what those names of `slots` are stored as that are to be computed; the others are tensors.
+        mappings: where each tensor goes.
+        quantized: what those names of `mappings` are stored as that are to be computed; the others are tensors.
     """
 
-    def __init__(self, files: Files, slots: Mapping[str, Slot], quantized: Mapping[str, Format]) -> None:
+    def __init__(self, files: Files, mappings: Mapping[str, TensorMapping], quantized: Mapping[str, Format]) -> None:
         self._files, self._quantized = files, quantized
         self._at: dict[str, dict[tuple[int, ...], str]] = defaultdict(dict)
-        self._slots: dict[str, dict[str, Slot]] = defaultdict(dict)
+        self._mappings: dict[str, dict[str, TensorMapping]] = defaultdict(dict)
         # One for tensors of one expert each, another for those of all experts of a layer.
         self._depths: dict[str, set[int]] = defaultdict(set)
-        for name, slot in slots.items():
-            self._at[slot.weight][slot.index] = name
-            self._depths[slot.weight].add(len(slot.index))
-            self._slots[slot.weight][name] = slot
+        for name, mapping in mappings.items():
+            self._at[mapping.weight][mapping.index] = name
+            self._depths[mapping.weight].add(len(mapping.index))
+            self._mappings[mapping.weight][name] = mapping
 
     def __contains__(self, array: str) -> bool:
-        return array in self._slots
+        return array in self._mappings
 
-    def slot(self, array: str) -> Slot:
-        """The slot of one of the tensors of an array."""
-        return next(iter(self._slots[array].values()))
+    def mapping(self, array: str) -> TensorMapping:
+        """The mapping of one of the tensors of an array."""
+        return next(iter(self._mappings[array].values()))
 
     def depth(self, array: str) -> int:
         """In how many of an array's first dimensions each of its tensors has one place."""
         return min(self._depths[array])
 
-    def tensors_in(self, array: str, index: Index) -> list[tuple[str, Slot]]:
-        """The names and slots that `array[index]` is made of."""
-        at, slots, found = self._at[array], self._slots[array], []
+    def tensors_in(self, array: str, index: Index) -> list[tuple[str, TensorMapping]]:
+        """The names and mappings that `array[index]` is made of."""
+        at, mappings, found = self._at[array], self._mappings[array], []
         for depth in sorted(self._depths[array]):
             places = itertools.product(*(range(part.start, part.stop) for part in index[:depth]))
-            found += [(at[place], slots[at[place]]) for place in places if place in at]
+            found += [(at[place], mappings[at[place]]) for place in places if place in at]
         return found
 
     def stored(self, name: str) -> tuple[str, ...]:
@@ -118,39 +118,39 @@ class HfArrays:
 
     def dtypes(self, array: str) -> list[np.dtype]:
         """The dtypes of all that an array is made of."""
-        return [self.dtype(name) for name in self._slots[array]]
+        return [self.dtype(name) for name in self._mappings[array]]
 
     def runs(self, array: str, index: Index) -> Iterator[Run]:
         """What is read for `array[index]`: of each tensor one run, in the order of reading.
 
         It goes from the first row to the last that is asked for: a part of the inputs of a matrix takes whole rows.
         """
-        for name, slot in self.tensors_in(array, index):
-            yield from self._runs(name, slot, index[len(slot.index) :])
+        for name, mapping in self.tensors_in(array, index):
+            yield from self._runs(name, mapping, index[len(mapping.index) :])
 
     def read(self, array: str, index: Index) -> np.ndarray:
         """Assemble `array[index]` from the tensors that lie in it."""
         parts = self.tensors_in(array, index)
-        name, slot = parts[0]
-        if not slot.index and name not in self._quantized:
-            return self._read(name, slot.part_shape, index)
+        name, mapping = parts[0]
+        if not mapping.index and name not in self._quantized:
+            return self._read(name, mapping.part_shape, index)
         result = np.empty([part.stop - part.start for part in index], common_dtype([self.dtype(n) for n, _ in parts]))
         ahead, asked = self.runs(array, index), 0
-        for name, slot in parts:
+        for name, mapping in parts:
             while asked <= _AHEAD_BYTES and (run := next(ahead, None)) is not None:
                 self._files.prefetch(run.tensor, run[1:])
                 asked += (run.stop - run.start) * self._files.tensors[run.tensor].itemsize
-            at = tuple(i - part.start for i, part in zip(slot.index, index, strict=False))
-            asked -= self._fill(result[at], name, slot, index=index[len(at) :])
+            at = tuple(i - part.start for i, part in zip(mapping.index, index, strict=False))
+            asked -= self._fill(result[at], name, mapping, index=index[len(at) :])
         return result
 
-    def _fill(self, out: np.ndarray, name: str, slot: Slot, *, index: Index) -> int:
-        """Write `index` into one slot's part of the array to `out`; returns the bytes that were read for it."""
-        layout, runs = self._quantized.get(name), list(self._runs(name, slot, index))
+    def _fill(self, out: np.ndarray, name: str, mapping: TensorMapping, *, index: Index) -> int:
+        """Write `index` into one mapping's part of the array to `out`; returns the bytes that were read for it."""
+        layout, runs = self._quantized.get(name), list(self._runs(name, mapping, index))
         if layout is None:
-            out[...] = self._read(name, slot.part_shape, index)
+            out[...] = self._read(name, mapping.part_shape, index)
         else:
-            rows, columns = rows_and_columns(slot, index)
+            rows, columns = rows_and_columns(mapping, index)
             first = layout.first_row(int(rows[0]))
             stored = {}
             for part, run in zip((part for part in layout.parts if part.array is not None), runs, strict=True):
@@ -161,15 +161,15 @@ class HfArrays:
             self._files.drop(run.tensor, run[1:])
         return sum((run.stop - run.start) * self._files.tensors[run.tensor].itemsize for run in runs)
 
-    def _runs(self, name: str, slot: Slot, index: Index) -> Iterator[Run]:
-        """The runs that `index` into one slot's part of an array is made of."""
+    def _runs(self, name: str, mapping: TensorMapping, index: Index) -> Iterator[Run]:
+        """The runs that `index` into one mapping's part of an array is made of."""
         layout = self._quantized.get(name)
         if layout is None:
-            yield Run(name, *_window(slot.part_shape, index))
+            yield Run(name, *_window(mapping.part_shape, index))
             return
-        rows, _ = rows_and_columns(slot, index)
+        rows, _ = rows_and_columns(mapping, index)
         first, last = layout.first_row(int(rows[0])), int(rows[-1]) + 1
-        before, inside = (layout.shapes((count, slot.shape[1])) for count in (first, last - first))
+        before, inside = (layout.shapes((count, mapping.shape[1])) for count in (first, last - first))
         for part in layout.parts:
             if part.array is not None:
                 skipped, (count, across) = before[part.suffix][0], inside[part.suffix]
@@ -246,7 +246,7 @@ class HfSource:
             note = f"only the language model is taken; {len(self.files.left_out)} tensors of other parts are left out"
             self.plan = dataclasses.replace(self.plan, notes=(*self.plan.notes, note))
         self.config = self.plan.config
-        self.weights = HfArrays(self.files, self.plan.slots, self.plan.quantized)
+        self.weights = HfArrays(self.files, self.plan.mappings, self.plan.quantized)
 
     def dtypes(self, weight: str) -> list[np.dtype]:
         """The dtypes of all tensors of a weight."""
@@ -259,17 +259,17 @@ class HfSource:
     def quantized_weights(self) -> dict[str, Format | None]:
         """The weights with quantised matrices and what these are stored as; None where some are and others not."""
         found: dict[str, set[Format | None]] = defaultdict(set)
-        for name, slot in self.plan.slots.items():
-            found[slot.weight].add(self.plan.quantized.get(name))
+        for name, mapping in self.plan.mappings.items():
+            found[mapping.weight].add(self.plan.quantized.get(name))
         return {
             weight: next(iter(layouts)) if len(layouts) == 1 else None
             for weight, layouts in found.items()
             if layouts != {None}
         }
 
-    def slot(self, weight: str) -> Slot:
-        """The slot of one of the matrices of a weight."""
-        return self.weights.slot(weight)
+    def mapping(self, weight: str) -> TensorMapping:
+        """The mapping of one of the matrices of a weight."""
+        return self.weights.mapping(weight)
 
     def read_stored(self, array: str, index: Index) -> np.ndarray:
         """As `read`, of one of the arrays that `stored` shows."""
@@ -280,18 +280,18 @@ class HfSource:
         return self.stored()
 
     def stored(self) -> HfArrays:
-        """The tensors as they are stored, those of quantised matrices beside each other (`quantized.stored_slots`)."""
-        slots: dict[str, Slot] = {}
-        for name, slot in self.plan.slots.items():
+        """The tensors as they are stored, the parts of quantised matrices side by side (`stored_mappings`)."""
+        mappings: dict[str, TensorMapping] = {}
+        for name, mapping in self.plan.mappings.items():
             layout = self.plan.quantized.get(name)
-            slots.update({name: slot} if layout is None else stored_slots(layout, name, slot))
-        return HfArrays(self.files, slots, {})
+            mappings.update({name: mapping} if layout is None else stored_mappings(layout, name, mapping))
+        return HfArrays(self.files, mappings, {})
 
     def _check_repeated_shapes(self) -> None:
         """Read the tensors that repeat the shape of a quantised matrix, and hold them against that shape."""
         problems = Problems()
         expected = {
-            name + part.suffix: list(self.plan.slots[name].shape)
+            name + part.suffix: list(self.plan.mappings[name].shape)
             for name, layout in self.plan.quantized.items()
             for part in layout.parts
             if part.array is None

@@ -23,7 +23,7 @@ _OTHER_PARTS = ("vision_tower.", "mm_projector.", "multi_modal_projector.", "vis
 class TextPart:
     """The files of a checkpoint, of which the language model's tensors are known, without their prefix.
 
-    Tensors that belong to no known part keep their names, so that the accounting refuses them.
+    Tensors that belong to no known part keep their names, so that validation refuses them.
 
     Attributes:
         tensors: by name.
@@ -33,7 +33,7 @@ class TextPart:
     def __init__(self, files: SafetensorsDir) -> None:
         self._files = files
         ours = [name for name in files.tensors if not name.startswith(_OTHER_PARTS)]
-        # Of two that would have one name, one keeps its prefix, which the accounting does not know.
+        # Of two that would have one name, one keeps its prefix, which validation does not know.
         self._named = {name: name for name in ours if not name.startswith(PREFIX)}
         for name in ours:
             short = name.removeprefix(PREFIX)

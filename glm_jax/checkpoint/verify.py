@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from glm_jax.checkpoint.convert import Conversion, assets_of
-from glm_jax.checkpoint.layout import Layout, Unit, plan_layout
+from glm_jax.checkpoint.layout import Layout, WorkItem, plan_layout
 from glm_jax.checkpoint.orbax_io import ArraySpec
 from glm_jax.checkpoint.orbax_source import ASSETS, OrbaxSource, is_orbax
 from glm_jax.checkpoint.quantized import Index
-from glm_jax.checkpoint.resume import Progress, default_threads, run_units
+from glm_jax.checkpoint.resume import Progress, default_threads, run_items
 from glm_jax.checkpoint.source import HfSource
 from glm_jax.errors import CheckpointError
 
@@ -51,7 +51,7 @@ def verify(
     Args:
         source: the Hugging Face directory, or its URL.
         target: the directory that `convert` made of it.
-        threads: units at work at a time; by default what suits the cores.
+        threads: items at work at a time; by default what suits the cores.
         progress: called with the bytes done and the bytes in all.
 
     Raises:
@@ -63,18 +63,18 @@ def verify(
         raise CheckpointError(f"{target} is no Orbax checkpoint of glm_jax (it has no glm_jax.json)")
     hf, checkpoint = HfSource(source), OrbaxSource(target)
     comparison = _Comparison(hf, checkpoint, Path(target))
-    total, done = sum(unit.nbytes for unit in comparison.layout.units), 0
+    total, done = sum(item.nbytes for item in comparison.layout.items), 0
 
-    def note(units: Any) -> None:
+    def note(items: Any) -> None:
         nonlocal done
-        done += sum(unit.nbytes for unit, _ in units)
+        done += sum(item.nbytes for item, _ in items)
 
     def shown() -> None:
         if progress is not None:
             progress(done, total)
 
-    units = comparison.layout.units
-    run_units(units, comparison.process, threads=threads or default_threads(), done=note, step=shown)
+    items = comparison.layout.items
+    run_items(items, comparison.process, threads=threads or default_threads(), done=note, step=shown)
     problems = tuple(dict.fromkeys(comparison.problems))
     return Verification(comparison.tensors, total, time.monotonic() - started, problems)
 
@@ -103,9 +103,9 @@ class _Comparison:
         self._conversion = Conversion(hf, self.layout, self)
         self._compare_what_is_there()
 
-    def process(self, unit: Unit) -> None:
-        """Compare everything that a unit's tensors go to."""
-        note = self._conversion.process(unit)
+    def process(self, item: WorkItem) -> None:
+        """Compare everything that an item's tensors go to."""
+        note = self._conversion.process(item)
         recorded = self._checkpoint.manifest.tensors
         for name, (dtype, summed) in note["tensors"].items():
             said = recorded.get(name)

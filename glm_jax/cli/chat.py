@@ -45,7 +45,7 @@ def run(flags: absl_flags.FlagValues) -> dict[str, Any]:
     from glm_jax.checkpoint import open_source
     from glm_jax.cli.loading import loading_options, show_notes
     from glm_jax.cli.sampling import chosen_sampling
-    from glm_jax.sharding import distributed
+    from glm_jax.runtime import distributed
 
     if flags.message is None and distributed.start().count > 1:
         raise InputError("a conversation runs in one process; over several give one --message")
@@ -134,7 +134,7 @@ def _lines(prompt: str) -> Iterator[str]:
 def _shown(events: Iterator[ChatEvent]) -> Iterator[ChatEvent]:
     """Print the events as they pass: thoughts dim, each part on lines of its own."""
     from glm_jax.serving import Finished
-    from glm_jax.text import BrokenCall, ContentDelta, ReasoningDelta, ToolCall
+    from glm_jax.text import ContentDelta, MalformedToolCall, ReasoningDelta, ToolCall
 
     dim, plain = (DIM, PLAIN) if _shows_colors() else ("", "")
     open_line: type | None = None
@@ -144,7 +144,7 @@ def _shown(events: Iterator[ChatEvent]) -> Iterator[ChatEvent]:
         open_line = type(event)
         if isinstance(event, ReasoningDelta):
             print(f"{dim}{event.text}{plain}", end="", flush=True)
-        elif isinstance(event, ContentDelta | BrokenCall):
+        elif isinstance(event, ContentDelta | MalformedToolCall):
             print(event.text, end="", flush=True)
         else:
             open_line = None

@@ -104,7 +104,7 @@ def _devices() -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
 
 def _processes(devices: list[dict[str, Any]]) -> dict[str, Any]:
     """Which process of which job this is, and how many of the devices are its own."""
-    from glm_jax.sharding import distributed
+    from glm_jax.runtime import distributed
 
     running = distributed.start()
     own = sum(device["process"] == running.index for device in devices)

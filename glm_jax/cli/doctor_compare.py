@@ -126,7 +126,7 @@ def _configuration(differences: dict[str, tuple[Any, Any]]) -> dict[str, str]:
 
 def _text(flags: absl_flags.FlagValues, source: Source, reference: HfSource) -> list[dict[str, str]]:
     from glm_jax.serving import text_directory
-    from glm_jax.text.agreement import compare_stop_ids, compare_vocabularies
+    from glm_jax.text.compatibility import compare_stop_ids, compare_vocabularies
 
     ours, theirs = text_directory(flags.model), text_directory(flags.compare)
     sizes = {"model_size": source.config.vocab_size, "reference_size": reference.config.vocab_size}
@@ -136,12 +136,12 @@ def _text(flags: absl_flags.FlagValues, source: Source, reference: HfSource) -> 
         "vocabulary": lambda: compare_vocabularies(ours, theirs, **sizes),
     }.items():
         try:
-            agreement = look()
+            result = look()
         except TextError as error:
             checks.append(_check(name, ERROR, str(error)))
             continue
-        status = ERROR if agreement.problems else WARNING if agreement.notes else OK
-        told = "; ".join([*agreement.problems, *agreement.notes]) or agreement.found
+        status = ERROR if result.problems else WARNING if result.notes else OK
+        told = "; ".join([*result.problems, *result.notes]) or result.found
         checks.append(_check(name, status, told))
     return checks
 

@@ -74,7 +74,9 @@ def _open(directory: str) -> tuple[str, ModelConfig, Counter[str], str | None]:
         quantized = source.plan.quantized
         layout = next(iter(quantized.values()), None)
         words = (
-            None if layout is None else f"{layout.describe()}, {len(quantized):,} of {len(source.plan.slots):,} tensors"
+            None
+            if layout is None
+            else f"{layout.describe()}, {len(quantized):,} of {len(source.plan.mappings):,} tensors"
         )
         return HUGGING_FACE, source.config, stored, words
     for spec in source.arrays.specs().values():

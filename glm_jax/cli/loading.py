@@ -16,7 +16,8 @@ from glm_jax.cli import printing
 from glm_jax.configs import ModelConfig
 from glm_jax.errors import CheckpointError, Error
 from glm_jax.model import Transformer
-from glm_jax.sharding import default_mesh, keep_programs, parse_mesh, rules_named
+from glm_jax.runtime import keep_programs
+from glm_jax.sharding import default_mesh, parse_mesh, rules_named
 
 
 def find_devices() -> list[jax.Device]:

@@ -16,8 +16,8 @@ from absl import flags as absl_flags
 
 from glm_jax.cli import printing
 from glm_jax.errors import Error
-from glm_jax.sharding import distributed
-from glm_jax.sharding.clusters import find
+from glm_jax.runtime import distributed
+from glm_jax.runtime.clusters import find
 
 USER_ERROR, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 

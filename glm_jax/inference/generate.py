@@ -14,7 +14,7 @@ from glm_jax.inference.sampling import Sampler
 from glm_jax.inference.speculative import Speculator
 from glm_jax.layers.step import Kernels
 from glm_jax.model import Transformer
-from glm_jax.sharding.distributed import to_host
+from glm_jax.sharding.host_arrays import to_host
 
 MIN_BUCKET = 16
 

@@ -23,7 +23,7 @@ from glm_jax.inference.turned import Forms
 from glm_jax.layers.step import Kernels
 from glm_jax.model import Cache, Transformer, abstract_cache, create_cache
 from glm_jax.sharding import batch_sharding, take_position
-from glm_jax.sharding.distributed import to_devices, to_host
+from glm_jax.sharding.host_arrays import to_devices, to_host
 
 STEPS_PER_CALL = 16  # elsewhere than on a CPU
 CPU_IN_FLIGHT = 4  # single steps: enough to hide what happens between them

@@ -26,7 +26,7 @@ from glm_jax.inference.turned import Compiled, Forms
 from glm_jax.layers.step import Kernels
 from glm_jax.model import Cache, Transformer, create_cache
 from glm_jax.sharding import ahead, take_position
-from glm_jax.sharding.distributed import to_host
+from glm_jax.sharding.host_arrays import to_host
 
 MAX_IN_FLIGHT = 2  # calls: each is longer than what happens between two; the second may be behind the end
 SMALL_ROUNDS = 2  # a round of a small model is no longer than the start of a program; its tokens come in bunches anyway

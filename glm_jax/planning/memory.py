@@ -21,7 +21,7 @@ from glm_jax.model import Transformer
 from glm_jax.planning.job import DECODE, TRAIN, Job
 from glm_jax.planning.placement import Placement, cache_parts, nbytes
 from glm_jax.sharding import batch_axes, length_axes, weights_by_name
-from glm_jax.training.optimizer import MUON, OptimizerConfig, build_optimizer, kinds
+from glm_jax.training.optimizer import MUON, OptimizerConfig, build_optimizer, optimizer_labels
 
 SCORE_BYTES = 4  # scores and logits are float32
 LOGIT_COPIES = 3  # of training: the logits, their exponentials, their gradient
@@ -125,7 +125,9 @@ class Optimizer:
                 continue
             assert leaf.shape == values[name].shape, f"the optimizer keeps {leaf.shape} of {name}"
             kept.setdefault(name, []).append(leaf.dtype.itemsize)
-        return cls(kept, counters, frozenset(name for name, kind in kinds(model, config).items() if kind == MUON))
+        return cls(
+            kept, counters, frozenset(name for name, kind in optimizer_labels(model, config).items() if kind == MUON)
+        )
 
 
 def measure(model: Transformer, job: Job, placement: Placement, optimizer: Optimizer | None = None) -> Bytes:

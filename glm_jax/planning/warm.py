@@ -25,7 +25,7 @@ from glm_jax.planning.devices import Cluster
 from glm_jax.planning.job import TRAIN, Job
 from glm_jax.planning.lower import SAMPLINGS, generation_programs
 from glm_jax.planning.meshes import abstract_mesh
-from glm_jax.sharding import cache_directory, keep_programs, make_cache_directory
+from glm_jax.runtime import cache_directory, keep_programs, make_cache_directory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from glm_jax.serving.chat import Chat, ChatEvent, Finished, Reply, collect
 from glm_jax.serving.generation import Generation, Usage
-from glm_jax.serving.text_side import TextSide, text_directory
+from glm_jax.serving.text_processor import TextProcessor, text_directory
 
 __all__ = [
     "Chat",
@@ -12,7 +12,7 @@ __all__ = [
     "Finished",
     "Generation",
     "Reply",
-    "TextSide",
+    "TextProcessor",
     "Usage",
     "collect",
     "text_directory",

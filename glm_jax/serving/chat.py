@@ -15,11 +15,11 @@ from glm_jax.errors import TextError
 from glm_jax.inference import Sampling
 from glm_jax.model import Transformer
 from glm_jax.serving.generation import Generation, Usage
-from glm_jax.serving.text_side import TextSide
+from glm_jax.serving.text_processor import TextProcessor
 from glm_jax.text import (
-    BrokenCall,
     ContentDelta,
     Event,
+    MalformedToolCall,
     ReasoningDelta,
     StreamDecoder,
     StreamParser,
@@ -105,7 +105,7 @@ class Chat:
         TextError: the tokenizer has ids that the model does not know.
     """
 
-    def __init__(self, model: Transformer, text: TextSide) -> None:
+    def __init__(self, model: Transformer, text: TextProcessor) -> None:
         self.model, self.text = model, text
         known, size = model.config.vocab_size, text.tokenizer.vocab_size
         if size > known:
@@ -198,7 +198,7 @@ def collect(events: Iterator[ChatEvent]) -> Reply:
         match event:
             case ReasoningDelta(text):
                 reasoning.append(text)
-            case ContentDelta(text) | BrokenCall(text):
+            case ContentDelta(text) | MalformedToolCall(text):
                 content.append(text)
             case ToolCall():
                 calls.append(event)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from glm_jax.sharding import distributed
 from glm_jax.sharding.activation import (
     ahead,
     axes_of,
@@ -18,7 +17,6 @@ from glm_jax.sharding.activation import (
     whole,
 )
 from glm_jax.sharding.apart import apart_axes, gathering_pays, multiply_apart, spread_outputs
-from glm_jax.sharding.compilation_cache import cache_directory, keep_programs, make_cache_directory
 from glm_jax.sharding.mesh import default_mesh, describe, make_mesh, mesh_sizes, parse_mesh, platform
 from glm_jax.sharding.presets import PRESETS, name_of, rules_named
 from glm_jax.sharding.quantized import QuantizedArray, WeightArray
@@ -60,23 +58,19 @@ __all__ = [
     "axes_of",
     "batch_axes",
     "batch_sharding",
-    "cache_directory",
     "declare",
     "default_mesh",
     "describe",
-    "distributed",
     "einsum_reduce",
     "gather_weight",
     "gathering_pays",
     "initial_value",
-    "keep_programs",
     "layer_axis",
     "length_axes",
     "local_call",
     "local_calls",
     "local_size",
     "local_sum",
-    "make_cache_directory",
     "make_mesh",
     "map_weights",
     "mesh_of",

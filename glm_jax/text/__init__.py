@@ -5,7 +5,7 @@ Imports no jax, so that a server's front end or a data worker can use it alone.
 
 from glm_jax.text.answer_format import AnswerFormat
 from glm_jax.text.chat_template import ChatTemplate, normalize_messages
-from glm_jax.text.events import BrokenCall, ContentDelta, Event, ReasoningDelta, ToolCall
+from glm_jax.text.events import ContentDelta, Event, MalformedToolCall, ReasoningDelta, ToolCall
 from glm_jax.text.families import Family, family_of
 from glm_jax.text.generation_config import GenerationDefaults
 from glm_jax.text.stream_decoder import StreamDecoder
@@ -16,13 +16,13 @@ from glm_jax.text.tokenizer_protocol import Tokenizer
 
 __all__ = [
     "AnswerFormat",
-    "BrokenCall",
     "ChatTemplate",
     "ContentDelta",
     "Event",
     "Family",
     "GenerationDefaults",
     "JsonTokenizer",
+    "MalformedToolCall",
     "ReasoningDelta",
     "SentencePieceTokenizer",
     "StreamDecoder",

@@ -37,10 +37,10 @@ class ToolCall:
 
 
 @dataclasses.dataclass(frozen=True)
-class BrokenCall:
+class MalformedToolCall:
     """The text of a call that was cut off or cannot be read, with its opening tag."""
 
     text: str
 
 
-Event = ReasoningDelta | ContentDelta | ToolCall | BrokenCall
+Event = ReasoningDelta | ContentDelta | ToolCall | MalformedToolCall

@@ -4,9 +4,9 @@ However the text is cut into deltas, the joined events are the same: a tail that
 thoughts and the answer lose the newlines before them and the white space after them; white space around a tool call is
 kept only where answer text follows. Thoughts end at their closing mark, and also where calls begin; what stops before
 either is all thoughts. Inside a call's value nothing but its end is a mark, so a value may speak of `</tool_call>`. A
-call that is cut off or malformed is a BrokenCall, never a ToolCall; so is a section of calls without a call. Other text
-between the calls of a section is answer. A call's arguments come when it is complete; names are not checked against the
-declared tools (a caller may want to answer the model that there is no such tool).
+call that is cut off or malformed is a MalformedToolCall, never a ToolCall; so is a section of calls without a call.
+Other text between the calls of a section is answer. A call's arguments come when it is complete; names are not checked
+against the declared tools (a caller may want to answer the model that there is no such tool).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from glm_jax.text.answer_format import END, GLM, AnswerFormat
 from glm_jax.text.argument_values import parameter_schemas
-from glm_jax.text.events import BrokenCall, ContentDelta, Event, ReasoningDelta, ToolCall
+from glm_jax.text.events import ContentDelta, Event, MalformedToolCall, ReasoningDelta, ToolCall
 
 
 class _Part(enum.Enum):
@@ -88,7 +88,7 @@ class StreamParser:
             self._part = self._first
         events = self._take(self._buffer)
         if self._call:
-            events.append(BrokenCall("".join(self._call)))
+            events.append(MalformedToolCall("".join(self._call)))
         self._buffer, self._call = "", []
         return events
 
@@ -146,7 +146,7 @@ class StreamParser:
             events = self._take(before)
             self._part, self._state, self._call = _Part.CALL, next(iter(self._calls.states)), [mark]
         elif self._part in (_Part.OPENED, _Part.SECTION):  # the section's end
-            events = [BrokenCall("".join(self._call) + mark)] if self._part is _Part.OPENED else []
+            events = [MalformedToolCall("".join(self._call) + mark)] if self._part is _Part.OPENED else []
             self._part, self._in_section, self._call = _Part.CONTENT, False, []
         else:
             self._part, self._in_section, self._call = _Part.OPENED, True, [mark]
@@ -161,7 +161,7 @@ class StreamParser:
         block = "".join(self._call)
         self._part, self._call = (_Part.SECTION if self._in_section else _Part.CONTENT), []
         found: ToolCall | None = self._calls.read(block[len(self._calls.begin) : -len(mark)], self._schemas)
-        return [BrokenCall(block) if found is None else found]
+        return [MalformedToolCall(block) if found is None else found]
 
 
 @functools.cache

@@ -25,27 +25,29 @@ def is_bias(name: str) -> bool:
 
 
 def expert_loads(output: Output, batch: Batch, *, experts: int) -> dict[str, jax.Array]:
-    """How often each expert was chosen for the batch's real tokens, float32.
+    """How often each expert was chosen for the batch's tokens without padding, float32.
 
     Returns:
         `moe` [L, E], a row for each MoE layer, and `mtp` [E] if the MTP layer ran.
     """
-    real = jnp.asarray(batch.real)
+    padding_mask = jnp.asarray(batch.padding_mask)
     loads = {}
     if output.expert_ids is not None:
-        loads["moe"] = _count(output.expert_ids, real, experts)
+        loads["moe"] = _count(output.expert_ids, padding_mask, experts)
     if output.mtp_expert_ids is not None:
-        loads[_MTP] = _count(output.mtp_expert_ids, ahead(real, 1)[:, : output.mtp_expert_ids.shape[1]], experts)
+        loads[_MTP] = _count(
+            output.mtp_expert_ids, ahead(padding_mask, 1)[:, : output.mtp_expert_ids.shape[1]], experts
+        )
     return loads
 
 
-def _count(ids: jax.Array, real: jax.Array, experts: int) -> jax.Array:
+def _count(ids: jax.Array, padding_mask: jax.Array, experts: int) -> jax.Array:
     """ids [..., B, T, K] -> [..., E]."""
-    chosen = (ids[..., None] == jnp.arange(experts)) & real[:, :, None, None]
+    chosen = (ids[..., None] == jnp.arange(experts)) & padding_mask[:, :, None, None]
     return jnp.sum(chosen.astype(jnp.float32), axis=(-4, -3, -2))
 
 
-def move_biases(model: Any, loads: dict[str, jax.Array], rate: jax.Array | float) -> Any:
+def update_router_biases(model: Any, loads: dict[str, jax.Array], rate: jax.Array | float) -> Any:
     """Return the model with each router's bias moved by `rate` towards equal loads."""
 
     def move(name, weight):

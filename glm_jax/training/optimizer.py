@@ -17,7 +17,7 @@ from glm_jax.sharding import weights_by_name
 from glm_jax.training.balance import is_bias
 from glm_jax.training.muon import matrix_axes, scale_by_muon
 
-MUON, ADAM, PLAIN_ADAM, FROZEN = "muon", "adam", "plain adam", "frozen"
+MUON, ADAM, ADAM_NO_DECAY, FROZEN = "muon", "adam", "plain adam", "frozen"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,14 +59,14 @@ def schedule(config: OptimizerConfig) -> optax.Schedule:
     )
 
 
-def kinds(model: Any, config: OptimizerConfig) -> dict[str, str]:
-    """Which of MUON, ADAM (with decay), PLAIN_ADAM (without) and FROZEN each weight of a model is."""
+def optimizer_labels(model: Any, config: OptimizerConfig) -> dict[str, str]:
+    """Which of MUON, ADAM (with decay), ADAM_NO_DECAY (without) and FROZEN each weight of a model is."""
     found = {}
     for name, weight in weights_by_name(model).items():
         if is_bias(name) or not name.startswith(config.trained):
             found[name] = FROZEN
         elif matrix_axes(weight) is None:
-            found[name] = PLAIN_ADAM
+            found[name] = ADAM_NO_DECAY
         else:
             found[name] = ADAM if name.endswith(config.adam_weights) else MUON
     return found
@@ -88,9 +88,9 @@ def build_optimizer(model: Any, config: OptimizerConfig) -> optax.GradientTransf
             {
                 MUON: optax.chain(scale_by_muon(axes, momentum=config.momentum), decay, descend(config.muon_rate)),
                 ADAM: optax.chain(adam, decay, descend(config.adam_rate)),
-                PLAIN_ADAM: optax.chain(adam, descend(config.adam_rate)),
+                ADAM_NO_DECAY: optax.chain(adam, descend(config.adam_rate)),
                 FROZEN: optax.set_to_zero(),
             },
-            kinds(model, config),
+            optimizer_labels(model, config),
         ),
     )

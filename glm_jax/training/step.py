@@ -20,10 +20,10 @@ from glm_jax.layers.step import Kernels
 from glm_jax.model import Transformer
 from glm_jax.model.transformer import forward
 from glm_jax.sharding import QuantizedArray, map_weights, weights_by_name
-from glm_jax.training.balance import expert_loads, imbalance, move_biases
+from glm_jax.training.balance import expert_loads, imbalance, update_router_biases
 from glm_jax.training.batch import Batch
-from glm_jax.training.chain import chained_logits
 from glm_jax.training.loss import LossMetrics, language_model_loss
+from glm_jax.training.mtp_drafts import mtp_draft_logits
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["model", "optimizer", "step"], meta_fields=[])
@@ -116,8 +116,8 @@ def build_step(
         tokens = jnp.asarray(batch.tokens)
         output = forward(model, tokens, mtp=mtp, kernels=kernels, routing=True, remat=remat, keep_rows=True)
         drafts = mtp_drafts if mtp else 1
-        chained = chained_logits(model, tokens, output, drafts=drafts, kernels=kernels, remat=remat)
-        metrics = language_model_loss(output, batch, mtp_weight=mtp_weight, chained=chained)
+        draft_logits = mtp_draft_logits(model, tokens, output, drafts=drafts, kernels=kernels, remat=remat)
+        metrics = language_model_loss(output, batch, mtp_weight=mtp_weight, draft_logits=draft_logits)
         return metrics.loss, (metrics, expert_loads(output, batch, experts=model.config.moe.num_experts))
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -128,7 +128,7 @@ def build_step(
         params = optax.apply_updates(params, updates)
         model = map_weights(lambda name, _: params[name], state.model)
         rate = bias_rate(state.step) if callable(bias_rate) else bias_rate
-        model = move_biases(model, loads, rate)
+        model = update_router_biases(model, loads, rate)
         measured = StepMetrics(metrics, optax.tree.norm(gradients), imbalance(loads))
         return TrainState(model, optimizer_state, state.step + 1), measured
 

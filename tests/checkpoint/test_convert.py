@@ -145,10 +145,10 @@ def test_files_beside_the_tensors_go_along(tmp_path):
 def test_superfluous_tensors_are_passed_over_with_a_note(tmp_path):
     source = published.checkpoint(tmp_path / "hf")
     arrays = published.read(source)
-    junk = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    published.write(source, published.config_json(), {**arrays, junk: np.ones(4, np.float32)})
+    ignored = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    published.write(source, published.config_json(), {**arrays, ignored: np.ones(4, np.float32)})
     report = glm_jax.convert(source, tmp_path / "orbax")
-    assert report.tensors == len(arrays) and junk in report.notes[0]
+    assert report.tensors == len(arrays) and ignored in report.notes[0]
 
 
 def test_progress_counts_bytes_up_to_all(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import glm_jax
 from glm_jax import configs
 from glm_jax.checkpoint import dry_run
-from glm_jax.checkpoint.names import canonical_slots
+from glm_jax.checkpoint.names import canonical_mappings
 from tests import published
 from tests.checkpoint import quantized_sources as sources
 
@@ -88,8 +88,12 @@ def test_the_complete_published_lists(name):
 def test_lists_of_every_tensor_of_glm(tmp_path, name, compressed):
     config = configs.get(name)
     listed = {
-        tensor: {"shape": list(slot.shape), "dtype": "F32" if tensor.endswith(published.BIAS) else "BF16", "file": "x"}
-        for tensor, slot in canonical_slots(config).items()
+        tensor: {
+            "shape": list(mapping.shape),
+            "dtype": "F32" if tensor.endswith(published.BIAS) else "BF16",
+            "file": "x",
+        }
+        for tensor, mapping in canonical_mappings(config).items()
     }
     content = json.dumps(listed).encode()
     path = tmp_path / "list"

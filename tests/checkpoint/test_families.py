@@ -67,8 +67,8 @@ def test_kimis_rotary_tables_are_passed_over_with_a_note(tmp_path):
     config = published.config_json(model_type="kimi_k2", dtype="bfloat16")
     arrays = published.stored(published.tensors(config), "bfloat16")
     names = [f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(3)]
-    junk = {name: np.ones(7, arrays["model.norm.weight"].dtype) for name in names}
-    source = published.write(tmp_path / "hf", config, {**arrays, **junk})
+    ignored = {name: np.ones(7, arrays["model.norm.weight"].dtype) for name in names}
+    source = published.write(tmp_path / "hf", config, {**arrays, **ignored})
     report = glm_jax.convert(source, tmp_path / "orbax")
     assert any("3 superfluous tensors" in note and names[0] in note for note in report.notes)
     glm_jax.export(tmp_path / "orbax", tmp_path / "back")

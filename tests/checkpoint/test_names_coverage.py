@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from glm_jax import configs, count_parameters
-from glm_jax.checkpoint.names import canonical_slots, is_junk
+from glm_jax.checkpoint.names import canonical_mappings, is_ignored
 from glm_jax.model import Transformer
 from glm_jax.sharding import weights_by_name
 
@@ -38,32 +38,32 @@ def test_every_tensor_is_used_or_known_junk_and_every_weight_is_filled(name):
     config, tensors = configs.get(name), listed(name)
     assert len(tensors) == ENTRIES[name]
     weights = {tensor for tensor in tensors if not tensor.endswith(SCALE)}
-    junk = {tensor for tensor in weights if is_junk(tensor, config)}
-    assert weights - junk == canonical_slots(config).keys()
-    assert len(junk) == (61 if name == "kimi-k2" else 0)
+    ignored = {tensor for tensor in weights if is_ignored(tensor, config)}
+    assert weights - ignored == canonical_mappings(config).keys()
+    assert len(ignored) == (61 if name == "kimi-k2" else 0)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_shape_is_right_and_every_scale_has_its_weight(name):
     tensors = listed(name)
-    for tensor, slot in canonical_slots(configs.get(name)).items():
-        assert tuple(tensors[tensor]["shape"]) == slot.shape, tensor
+    for tensor, mapping in canonical_mappings(configs.get(name)).items():
+        assert tuple(tensors[tensor]["shape"]) == mapping.shape, tensor
         scale = tensors.get(tensor + SCALE)
         assert (scale is not None) == (tensors[tensor]["dtype"] == "F8_E4M3"), tensor
         if scale is not None:
-            assert scale["shape"] == [math.ceil(size / BLOCK) for size in slot.shape], tensor
-    assert {t.removesuffix(SCALE) for t in tensors if t.endswith(SCALE)} <= canonical_slots(configs.get(name)).keys()
+            assert scale["shape"] == [math.ceil(size / BLOCK) for size in mapping.shape], tensor
+    assert {t.removesuffix(SCALE) for t in tensors if t.endswith(SCALE)} <= canonical_mappings(configs.get(name)).keys()
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_element_of_every_weight_has_one_tensor(name):
-    """The slots tile the weights: their sizes add up, and no two have the same place."""
+    """The mappings tile the weights: their sizes add up, and no two have the same place."""
     config = configs.get(name)
     sizes = {weight: math.prod(w.get_raw_value().shape) for weight, w in weights_by_name(Transformer(config)).items()}
-    slots = canonical_slots(config).values()
-    assert len({(slot.weight, slot.index) for slot in slots}) == len(slots)
+    mappings = canonical_mappings(config).values()
+    assert len({(mapping.weight, mapping.index) for mapping in mappings}) == len(mappings)
     filled = dict.fromkeys(sizes, 0)
-    for slot in slots:
-        filled[slot.weight] += math.prod(slot.part_shape)
+    for mapping in mappings:
+        filled[mapping.weight] += math.prod(mapping.part_shape)
     assert filled == sizes
     assert sum(sizes.values()) == count_parameters(config).total

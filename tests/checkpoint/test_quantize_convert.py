@@ -12,7 +12,7 @@ import pytest
 
 import glm_jax
 from glm_jax.checkpoint import quantize
-from glm_jax.checkpoint.names import canonical_slots
+from glm_jax.checkpoint.names import canonical_mappings
 from glm_jax.checkpoint.orbax_source import OrbaxSource
 from glm_jax.checkpoint.quantized import PackedInt4
 from glm_jax.checkpoint.safetensors_dir import SafetensorsDir
@@ -54,13 +54,13 @@ def expected_weights(source: Path, method: str) -> dict[str, np.ndarray]:
     hf, arrays = HfSource(source), published.read(source)
     formats, _ = quantize.choose(hf.config, quantize.method(method))
     found = {}
-    for name, slot in canonical_slots(hf.config).items():
-        layout = formats.get(slot.weight)
+    for name, mapping in canonical_mappings(hf.config).items():
+        layout = formats.get(mapping.weight)
         if layout is None:
             found[name] = arrays[name]
             continue
-        rows, columns = (np.arange(size) for size in slot.shape)
-        found[name] = np.empty(slot.shape, ml_dtypes.bfloat16)
+        rows, columns = (np.arange(size) for size in mapping.shape)
+        found[name] = np.empty(mapping.shape, ml_dtypes.bfloat16)
         parts = quantize.quantize(layout, arrays[name])
         layout.dequantize(parts, rows, columns, out=found[name])
     return found
@@ -70,9 +70,11 @@ def expected_weights(source: Path, method: str) -> dict[str, np.ndarray]:
 def test_every_matrix_is_quantised_by_itself(source, converted, method):
     checkpoint = OrbaxSource(converted(method))
     for name, expected in expected_weights(source, method).items():
-        slot = canonical_slots(checkpoint.config)[name]
-        box = (*(slice(at, at + 1) for at in slot.index), *(slice(0, size) for size in slot.part_shape))
-        np.testing.assert_array_equal(checkpoint.read(slot.weight, box).reshape(slot.shape), expected, err_msg=name)
+        mapping = canonical_mappings(checkpoint.config)[name]
+        box = (*(slice(at, at + 1) for at in mapping.index), *(slice(0, size) for size in mapping.part_shape))
+        np.testing.assert_array_equal(
+            checkpoint.read(mapping.weight, box).reshape(mapping.shape), expected, err_msg=name
+        )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -109,7 +111,9 @@ def test_the_report_says_what_was_lost(source, tmp_path, method):
     assert report.losses.keys() == OrbaxSource(tmp_path / "out").manifest.kept.keys()
     arrays, expected = published.read(source), expected_weights(source, method)
     for weight, lost in report.losses.items():
-        names = [name for name, slot in canonical_slots(HfSource(source).config).items() if slot.weight == weight]
+        names = [
+            name for name, mapping in canonical_mappings(HfSource(source).config).items() if mapping.weight == weight
+        ]
         difference = sum(np.sum((expected[n].astype(np.float64) - arrays[n].astype(np.float64)) ** 2) for n in names)
         square = sum(np.sum(arrays[n].astype(np.float64) ** 2) for n in names)
         assert lost.relative == pytest.approx((difference / square) ** 0.5, rel=1e-3), weight
@@ -122,9 +126,11 @@ def test_exported_as_stored_and_read_again(source, converted, tmp_path, method):
     stored = set(again.files.tensors)
     assert json.loads((tmp_path / "back" / "config.json").read_text())["quantization_config"]
     assert any(name.endswith(("_scale", "_scale_inv")) for name in stored)
-    for name, slot in canonical_slots(again.config).items():
-        box = (*(slice(at, at + 1) for at in slot.index), *(slice(0, size) for size in slot.part_shape))
-        np.testing.assert_array_equal(again.read(slot.weight, box).reshape(slot.shape), expected[name], err_msg=name)
+    for name, mapping in canonical_mappings(again.config).items():
+        box = (*(slice(at, at + 1) for at in mapping.index), *(slice(0, size) for size in mapping.part_shape))
+        np.testing.assert_array_equal(
+            again.read(mapping.weight, box).reshape(mapping.shape), expected[name], err_msg=name
+        )
 
 
 @pytest.mark.parametrize("method", METHODS)

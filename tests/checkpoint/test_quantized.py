@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import glm_jax
-from glm_jax.checkpoint.names import Slot
+from glm_jax.checkpoint.names import TensorMapping
 from glm_jax.checkpoint.orbax_io import OrbaxReader
 from glm_jax.checkpoint.orbax_source import MANIFEST, OrbaxSource
 from glm_jax.checkpoint.quantized import Fp8, PackedInt4, format_from_json, rows_and_columns
@@ -67,10 +67,10 @@ def test_every_slice_of_a_matrix_is_what_numpy_says(layout, make, seed):
     parts, expected = make(rng)
     shape = expected.shape
     assert {suffix: part.shape for suffix, part in parts.items()} == layout.shapes(shape)
-    slot = Slot("w", (), shape, shape)
+    mapping = TensorMapping("w", (), shape, shape)
     cuts = [tuple(slice(*sorted(rng.choice(size + 1, 2, replace=False))) for size in shape) for _ in range(10)]
     for index in [tuple(map(every, shape)), *cuts]:
-        rows, columns = rows_and_columns(slot, index)
+        rows, columns = rows_and_columns(mapping, index)
         for dtype in (BF16, np.float32):
             out = np.empty((len(rows), len(columns)), dtype)
             layout.dequantize(parts, rows, columns, out=out)
@@ -107,7 +107,7 @@ def test_strange_scales_are_what_they_are(scale):
 def test_rows_and_columns_of_folded_weights(part_shape, shape):
     numbers = np.arange(np.prod(shape)).reshape(shape)
     for index in [tuple(map(every, part_shape)), tuple(slice(size // 2, size) for size in part_shape)]:
-        rows, columns = rows_and_columns(Slot("w", (), part_shape, shape), index)
+        rows, columns = rows_and_columns(TensorMapping("w", (), part_shape, shape), index)
         assert np.array_equal(numbers[np.ix_(rows, columns)].ravel(), numbers.reshape(part_shape)[index].ravel())
 
 

@@ -238,8 +238,8 @@ class Counted:
 
     def __init__(self, directory: Path) -> None:
         self._source, self.sizes = open_source(directory), list[int]()
-        self.config, self.slot, self.quantized_weights = (
-            getattr(self._source, name) for name in ("config", "slot", "quantized_weights")
+        self.config, self.mapping, self.quantized_weights = (
+            getattr(self._source, name) for name in ("config", "mapping", "quantized_weights")
         )
 
     def read(self, weight: str, index: Any) -> np.ndarray:

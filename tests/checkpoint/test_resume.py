@@ -19,16 +19,16 @@ import glm_jax
 from glm_jax.checkpoint.journal import Journal, Shard
 from tests import published
 
-# Converts as often as the lines on stdin say, each line (target, shard, unit to be killed at, microseconds after it).
+# Converts as often as the lines on stdin say, each line (target, shard, item to be killed at, microseconds after it).
 CONVERTER = """
     import os, signal, sys, threading, time
     import glm_jax
-    source, target, shard, verb, units, delay = sys.argv[1:]
+    source, target, shard, verb, items, delay = sys.argv[1:]
     seen = 0
     def progress(done, total):
         global seen
         seen += 1
-        if seen == int(units):
+        if seen == int(items):
             def end():
                 time.sleep(int(delay) / 1e6)
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -200,10 +200,10 @@ def test_a_journal_holds_what_was_appended(tmp_path):
     assert again.done() == {"a": {"x": [1, 2]}, "b": None}
     again.append([("c", 3)])
     again.close()
-    first, *units = [json.loads(line) for line in file.read_text().splitlines()]
-    assert all(line.pop("crc32") for line in (first, *units))
+    first, *items = [json.loads(line) for line in file.read_text().splitlines()]
+    assert all(line.pop("crc32") for line in (first, *items))
     assert first == {"identity": {"work": 1}}
-    assert units == [{"unit": "a", "note": {"x": [1, 2]}}, {"unit": "b", "note": None}, {"unit": "c", "note": 3}]
+    assert items == [{"unit": "a", "note": {"x": [1, 2]}}, {"unit": "b", "note": None}, {"unit": "c", "note": 3}]
     other = Journal(tmp_path, {"work": 2}, Shard(1, 2))
     with pytest.raises(glm_jax.CheckpointError, match=r"other input \(work changed"):
         other.done()

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from glm_jax import configs
-from glm_jax.checkpoint.names import canonical_slots
+from glm_jax.checkpoint.names import canonical_mappings
 from glm_jax.checkpoint.safetensors import NUMPY_DTYPES, TensorSpec
 from glm_jax.checkpoint.safetensors_writer import SafetensorsWriter
 from glm_jax.configs import ModelConfig, to_hf
-from tests.house.tree import ROOT
+from tests.conventions.tree import ROOT
 
 # Two layers and an MTP layer: what there is to compile, once of each.
 CONFIG = dataclasses.replace(configs.get("tiny-glm"), num_layers=2, max_positions=512)
@@ -28,9 +28,9 @@ def write_checkpoint(
     """Writes a checkpoint with random weights (the same for the same configuration) and, if asked, its text files."""
     rng = np.random.default_rng(0)
     directory.mkdir(parents=True)
-    slots = canonical_slots(config)
-    dtypes = {name: router_bias if name.endswith("e_score_correction_bias") else "BF16" for name in slots}
-    plan = [TensorSpec(name, dtypes[name], slot.shape) for name, slot in slots.items()]
+    mappings = canonical_mappings(config)
+    dtypes = {name: router_bias if name.endswith("e_score_correction_bias") else "BF16" for name in mappings}
+    plan = [TensorSpec(name, dtypes[name], mapping.shape) for name, mapping in mappings.items()]
     with SafetensorsWriter(directory, plan, max_shard_bytes=SHARD_BYTES) as writer:
         for spec in plan:
             writer.write(spec.name, (rng.standard_normal(spec.shape) * 0.1).astype(NUMPY_DTYPES[spec.dtype]))

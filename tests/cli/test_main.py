@@ -15,7 +15,7 @@ from absl import flags as absl_flags
 import glm_jax
 from glm_jax.cli import main as program
 from glm_jax.cli import printing
-from tests.house.tree import ROOT
+from tests.conventions.tree import ROOT
 
 WITHOUT_JAX = "import sys; from glm_jax.cli.main import main; main({!r}); assert 'jax' not in sys.modules"
 

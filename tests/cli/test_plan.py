@@ -14,7 +14,7 @@ import glm_jax
 from glm_jax.cli.plan import parse_memory
 from glm_jax.model import Transformer
 from glm_jax.sharding import with_shardings
-from tests.house.tree import ROOT
+from tests.conventions.tree import ROOT
 
 GIB = 2**30
 PARTS = {"weights", "cache", "gradients", "optimizer", "activations", "collectives", "total"}

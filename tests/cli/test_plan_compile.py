@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.house.tree import ROOT
+from tests.conventions.tree import ROOT
 from tests.planning.test_warm import kept
 
 CPUS = ("--model=tiny-glm", "--device=cpu", "--count=8", "--weights=float32", "--batch=8", "--length=64")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import glm_jax
-from glm_jax.sharding import distributed
+from glm_jax.runtime import distributed
 from tests.cli.checkpoints import write_checkpoint
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from tests.house.tree import ROOT
+from tests.conventions.tree import ROOT
 
 LIMIT = 100.0  # seconds until a test gives up on its processes
 

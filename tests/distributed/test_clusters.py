@@ -8,8 +8,8 @@ import threading
 import pytest
 
 from glm_jax.errors import Error, InputError
-from glm_jax.sharding import clusters
-from glm_jax.sharding.clusters import Cluster, find, first_host, split_address
+from glm_jax.runtime import clusters
+from glm_jax.runtime.clusters import Cluster, find, first_host, split_address
 
 SLURM = {
     "SLURM_JOB_ID": "4097",
@@ -37,7 +37,9 @@ POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3"}
 
 
 def cluster(found: str, index: int, count: int, address: str | None, devices: tuple[int, ...] | None = None) -> Cluster:
-    return Cluster(found=found, process_index=index, process_count=count, coordinator=address, local_devices=devices)
+    return Cluster(
+        detected_by=found, process_index=index, process_count=count, coordinator=address, local_devices=devices
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from glm_jax.cli.main import VERBS, verb_flags
-from glm_jax.sharding.clusters import find
-from tests.house.tree import ROOT
+from glm_jax.runtime.clusters import find
+from tests.conventions.tree import ROOT
 
 SCRIPTS = ROOT / "scripts"
 SHELL = ("launch_slurm.sh", "launch_tpu_vm.sh")

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from glm_jax.errors import Error
-from glm_jax.sharding.rendezvous import meet
+from glm_jax.runtime.rendezvous import meet
 from tests.distributed.launch import free_port
 
 VERSIONS = {"glm_jax": "1", "jax": "2"}

@@ -12,7 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 import glm_jax
 from glm_jax.cli.main import main
 from glm_jax.errors import Error, InputError
-from glm_jax.sharding import distributed
+from glm_jax.runtime import distributed
+from glm_jax.sharding.host_arrays import to_devices, to_host
 
 TWO = {"coordinator": "127.0.0.1:9", "process_count": 2, "process_index": 0}
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("alone")
 
 def test_one_process_is_started_by_nothing_and_stays_the_same():
     running = glm_jax.distributed.start()
-    assert (running.index, running.count, running.found, running.coordinator) == (0, 1, "none", None)
+    assert (running.index, running.count, running.detected_by, running.coordinator) == (0, 1, "none", None)
     assert (running.local_devices, running.global_devices) == (jax.local_device_count(), jax.device_count())
     assert running.describe() == "one process"
     assert glm_jax.distributed.start() is running
@@ -50,9 +51,9 @@ def test_there_is_nobody_to_end():
 @pytest.mark.parametrize("spec", [(), ("data",), (None, ("expert", "tensor"))])
 def test_arrays_go_to_the_devices_and_back(mesh_of_sizes, spec):
     array = np.arange(32, dtype=np.int32).reshape(4, 8)
-    placed = distributed.to_devices(array, NamedSharding(mesh_of_sizes((2, 2, 2)), PartitionSpec(*spec)))
+    placed = to_devices(array, NamedSharding(mesh_of_sizes((2, 2, 2)), PartitionSpec(*spec)))
     assert placed.sharding.spec == PartitionSpec(*spec)
-    np.testing.assert_array_equal(distributed.to_host(placed), array)
+    np.testing.assert_array_equal(to_host(placed), array)
 
 
 @pytest.mark.parametrize(
@@ -83,5 +84,5 @@ def test_inspect_prints_in_the_first_process_only(capfd):
 def test_doctor_tells_which_process_this_is(capfd):
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capfd.readouterr().out)["processes"]
-    assert (found["index"], found["count"], found["found"], found["coordinator"]) == (0, 1, "none", None)
+    assert (found["index"], found["count"], found["detected_by"], found["coordinator"]) == (0, 1, "none", None)
     assert (found["local_devices"], found["global_devices"]) == (jax.device_count(), jax.device_count())

@@ -17,7 +17,7 @@ import glm_jax
 from glm_jax import Transformer
 from glm_jax.layers.step import Kernels
 from tests import published
-from tests.house.tree import ROOT
+from tests.conventions.tree import ROOT
 
 FAMILIES = ("glm4_moe", "deepseek_v3", "glm4_moe_lite")
 DEMO = ROOT / "examples" / "demo_model"

@@ -17,7 +17,7 @@ from glm_jax.inference.runner import CPU_IN_FLIGHT, Runner
 from glm_jax.inference.speculative import MAX_IN_FLIGHT, SMALL_ROUNDS, Speculator
 from glm_jax.layers.step import Kernels
 from glm_jax.model import create_cache
-from glm_jax.serving import TextSide
+from glm_jax.serving import TextProcessor
 from glm_jax.sharding import batch_sharding
 from tests import published
 from tests.inference import checkpoints
@@ -130,7 +130,7 @@ def test_numbers_of_new_tokens(demo):
 
 def test_stop_tokens_anywhere_in_a_round(demo):
     """Each token of the text in turn as the stop token, in rounds that accept nearly everything."""
-    text = TextSide.load(checkpoints.DEMO)
+    text = TextProcessor.load(checkpoints.DEMO)
     prompts = [
         text.tokenizer.encode(text.template.render([{"role": "user", "content": question}]))
         for question in ("What is 3+4-7+1-1?", "Ball under cup 2. Swap 2-3 1-3. Where is the ball?")

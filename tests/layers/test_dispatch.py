@@ -74,9 +74,9 @@ def emulated_ragged(
     me = lax.axis_index(axis_name)
     gather = functools.partial(lax.all_gather, axis_name=axis_name)
     rows, starts, sizes, to = gather(operand), gather(starts), gather(sizes), gather(to)
-    slots = jnp.arange(output.shape[0])
+    mappings = jnp.arange(output.shape[0])
     for source in range(rows.shape[0]):
-        offset = slots - to[source, me]
+        offset = mappings - to[source, me]
         hit = (offset >= 0) & (offset < sizes[source, me])
         taken = rows[source].at[starts[source, me] + offset].get(mode="clip")
         output = jnp.where(hit.reshape(-1, *[1] * (output.ndim - 1)), taken, output)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import glm_jax
-from glm_jax.serving import TextSide
+from glm_jax.serving import TextProcessor
 from tests import oracle
 from tests.inference import checkpoints
 from tests.inference.checkpoints import FAMILIES
@@ -30,7 +30,7 @@ def test_random_checkpoints(tmp_path, one_device, family):
 
 
 def test_the_demo_checkpoint(one_device):
-    text, ours = TextSide.load(checkpoints.DEMO), checkpoints.load_demo(one_device)
+    text, ours = TextProcessor.load(checkpoints.DEMO), checkpoints.load_demo(one_device)
     theirs = oracle.load(checkpoints.DEMO)
     questions = ("What is 3+4-7+1-1+7+1+9?", "A ball is under cup 2 of 5. Swap 3-5 5-1 3-2. Where is it?", "hello")
     for question in questions:

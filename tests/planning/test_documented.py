@@ -6,7 +6,7 @@ import pytest
 
 from glm_jax import configs
 from glm_jax.planning import Job, choose_cluster, make_plan
-from tests.house.tree import ROOT
+from tests.conventions.tree import ROOT
 
 TEXT = (ROOT / "docs/plan.md").read_text(encoding="utf-8")
 ROWS = [[cell.strip() for cell in line.split("|")[1:-1]] for line in TEXT.splitlines() if line.startswith("| glm-4.5")]

@@ -19,7 +19,7 @@ from glm_jax.planning.memory import Optimizer, measure
 from glm_jax.planning.meshes import abstract_mesh
 from glm_jax.planning.placement import abstract_model, place
 from glm_jax.sharding import Rules, rules_named
-from tests.house.tree import ROOT
+from tests.conventions.tree import ROOT
 
 GIB = 2**30
 RESULTS = sorted((ROOT / "benchmarks" / "results" / "aot").glob("*.json"))

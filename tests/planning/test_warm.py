@@ -13,8 +13,8 @@ import glm_jax
 from glm_jax import configs
 from glm_jax.planning import Job, choose_cluster
 from glm_jax.planning.warm import Target, cache_of, warm
-from glm_jax.sharding import cache_directory
-from tests.house.tree import ROOT
+from glm_jax.runtime import cache_directory
+from tests.conventions.tree import ROOT
 
 SIZES = (1, 2, 1)
 # What a verb that loads does, with random weights: in a process of its own, with the devices of the cache.
@@ -24,7 +24,7 @@ jax.config.update("jax_num_cpu_devices", 2)
 import glm_jax
 from glm_jax.inference import generate
 from glm_jax.model import Transformer
-from glm_jax.sharding import keep_programs
+from glm_jax.runtime import keep_programs
 config, mesh = glm_jax.configs.get("tiny-glm"), glm_jax.make_mesh(expert=2)
 print(keep_programs(sys.argv[1], config, mesh))
 model = Transformer.create(config, mesh=mesh, dtype="float32")

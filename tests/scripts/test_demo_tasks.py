@@ -15,7 +15,7 @@ import pytest
 from glm_jax.text import ChatTemplate, GenerationDefaults, load_tokenizer
 from scripts import demo_tasks, demo_tokenizer
 from scripts.demo_tasks import DIRECT, MODES, TASKS, THINKING, Sample
-from tests.house.tree import ROOT
+from tests.conventions.tree import ROOT
 
 
 @pytest.fixture(scope="module")

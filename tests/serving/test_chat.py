@@ -10,21 +10,21 @@ import glm_jax
 from glm_jax import Transformer
 from glm_jax.checkpoint.orbax_source import ASSETS
 from glm_jax.inference import Sampling
-from glm_jax.serving import Chat, Finished, Generation, TextSide, Usage, collect, text_directory
+from glm_jax.serving import Chat, Finished, Generation, TextProcessor, Usage, collect, text_directory
 from glm_jax.text import (
-    BrokenCall,
     ChatTemplate,
     ContentDelta,
     GenerationDefaults,
+    MalformedToolCall,
     ReasoningDelta,
     ToolCall,
     load_tokenizer,
 )
 from scripts.demo_tasks import CALCULATOR
 from tests.cli.checkpoints import CONFIG, write_checkpoint
-from tests.house.tree import ROOT
+from tests.conventions.tree import ROOT
 
-TEXT = TextSide.load(ROOT / "examples" / "demo_model")
+TEXT = TextProcessor.load(ROOT / "examples" / "demo_model")
 CALL = "<tool_call>calculator\n<arg_key>expression</arg_key>\n<arg_value>12*34</arg_value>\n</tool_call>"
 THOUGHTS = "\n<think>Use the calculator.</think>\n"
 
@@ -141,7 +141,7 @@ def test_events_do_not_depend_on_how_many_tokens_come_at_once(step, thinking):
     assert reply.content == "Grüße 東京 🙂 <b>" + "\n\nand done"
     assert reply.reasoning == ("Use the calculator." if thinking else "")
     assert reply.tool_calls == (ToolCall("calculator", {"expression": "12*34"}),)
-    assert {type(event) for event in events} <= {ReasoningDelta, ContentDelta, ToolCall, BrokenCall, Finished}
+    assert {type(event) for event in events} <= {ReasoningDelta, ContentDelta, ToolCall, MalformedToolCall, Finished}
 
 
 def test_usage():

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from glm_jax.serving import TextSide
+from glm_jax.serving import TextProcessor
 from glm_jax.text import ToolCall
 from scripts.demo_tasks import CALCULATOR
 from tests.serving.test_chat import ScriptedChat
@@ -24,7 +24,7 @@ V31_CALL = (
 )
 
 
-def parts(side: TextSide) -> dict:
+def parts(side: TextProcessor) -> dict:
     return {field.name: getattr(side, field.name) for field in dataclasses.fields(side)}
 
 
@@ -36,7 +36,7 @@ def test_a_kimi_call_and_its_result(tmp_path, special):
     for token in listed.values():
         token["special"] = token["special"] or special
     path.write_text(json.dumps({"added_tokens_decoder": listed}))
-    side = TextSide.load(directory)
+    side = TextProcessor.load(directory)
     assert side.defaults.stop_ids == (257, 258)
     chat = ScriptedChat("Let me see. <think>" + KIMI_CALL, "<|im_end|>", **parts(side))
     messages = [{"role": "user", "content": "12*34?"}]
@@ -57,14 +57,14 @@ def test_a_kimi_call_and_its_result(tmp_path, special):
 
 
 def test_kimi_thinks_where_it_has_the_marks(tmp_path):
-    side = TextSide.load(write_kimi(tmp_path / "kimi", thinks=True))
+    side = TextProcessor.load(write_kimi(tmp_path / "kimi", thinks=True))
     reply = ScriptedChat("<think>Hm.</think>Yes.", "<|im_end|>", **parts(side))("?")
     assert (reply.reasoning, reply.content, reply.finish_reason) == ("Hm.", "Yes.", "stop")
 
 
 @pytest.mark.parametrize("step", [1, 4])
 def test_deepseek_v31_thinks_or_calls(tmp_path, step):
-    side = TextSide.load(write_deepseek(tmp_path / "v31", *THINK, *SEARCH))
+    side = TextProcessor.load(write_deepseek(tmp_path / "v31", *THINK, *SEARCH))
     chat = ScriptedChat("Hm.</think>Yes.", "<｜end▁of▁sentence｜>", step=step, **parts(side))
     reply = chat("?")
     assert chat.prompt == "<｜begin▁of▁sentence｜><｜User｜>?<｜Assistant｜><think>"

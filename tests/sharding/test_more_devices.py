@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.house.tree import ROOT
+from tests.conventions.tree import ROOT
 
 PROGRAM = """
 import dataclasses, functools, sys
@@ -27,7 +27,7 @@ moe = dataclasses.replace(base.moe, num_experts=16)
 attention = dataclasses.replace(base.attention, num_kv_heads=4)
 config = dataclasses.replace(base, num_layers=2, moe=moe, attention=attention, initializer_range=0.2)
 tokens = np.random.default_rng(0).integers(0, config.vocab_size, (16, 16)).astype(np.int32)
-real = np.ones(tokens.shape, bool)
+mask = np.ones(tokens.shape, bool)
 
 def loss(model, batch):
     kernels = Kernels(experts="dense", dispatch="all_to_all")
@@ -40,7 +40,7 @@ assert many.size == 64
 for mesh, rules in ((glm_jax.make_mesh(), None), (many, rules_named(preset))):
     model = Transformer.create(config, mesh=mesh, rules=rules, dtype=jnp.float32, stacked=True)
     with jax.set_mesh(mesh):
-        gradient, logits = jax.jit(jax.grad(loss, has_aux=True))(model, place(Batch(tokens, real, real), mesh, rules))
+        gradient, logits = jax.jit(jax.grad(loss, has_aux=True))(model, place(Batch(tokens, mask, mask), mesh, rules))
     results.append((np.asarray(logits), {n: np.asarray(v) for n, v in values_by_name(gradient).items()}))
 (logits, gradients), (ours, own) = results
 assert np.abs(ours - logits).max() <= 1e-4 * logits.std()

@@ -110,8 +110,8 @@ def expected_gradient(single) -> Any:
 
 
 def training_batch() -> Batch:
-    real = np.arange(16) < np.array([16, 16, 9, 16, 12, 16, 5, 16])[:, None]
-    return Batch(np.where(real, random_tokens(8, 16), 0).astype(np.int32), real, real)
+    mask = np.arange(16) < np.array([16, 16, 9, 16, 12, 16, 5, 16])[:, None]
+    return Batch(np.where(mask, random_tokens(8, 16), 0).astype(np.int32), mask, mask)
 
 
 @pytest.mark.parametrize("preset", SIZES)

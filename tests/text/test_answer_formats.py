@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glm_jax.text import BrokenCall, ChatTemplate, ContentDelta, ReasoningDelta, StreamParser, ToolCall
+from glm_jax.text import ChatTemplate, ContentDelta, MalformedToolCall, ReasoningDelta, StreamParser, ToolCall
 from glm_jax.text.answer_format import DEEPSEEK_V3, DEEPSEEK_V31, GLM, KIMI_K2, AnswerFormat
 from tests.text.checkpoints import SEARCH, THINK, write_deepseek, write_kimi
 from tests.text.test_stream_parser import joined
 
-R, C, T, B = ReasoningDelta, ContentDelta, ToolCall, BrokenCall
+R, C, T, B = ReasoningDelta, ContentDelta, ToolCall, MalformedToolCall
 FORMATS = {"v3": DEEPSEEK_V3, "v3.1": DEEPSEEK_V31, "kimi": KIMI_K2}
 
 
@@ -139,7 +139,7 @@ def test_kimi_reads_the_name_off_the_id():
     assert one("get_weather:0") == [T("get_weather", {}, "get_weather:0")]
     assert one("functions.a.b:0") == [T("a.b", {}, "functions.a.b:0")]
     for wrong in ("functions.f", "f", ":0", "functions.f:x", "functions.f :0", "functions.f:0 x"):
-        assert [type(event) for event in one(wrong)] == [BrokenCall]
+        assert [type(event) for event in one(wrong)] == [MalformedToolCall]
 
 
 def test_deepseek_v3_reads_the_fence():
@@ -153,7 +153,7 @@ def test_deepseek_v3_reads_the_fence():
         "function<｜tool▁sep｜>f\n```json\n{}",
         "code<｜tool▁sep｜>f\n```json\n{}\n```",
     ):
-        assert [type(event) for event in one(wrong)] == [BrokenCall]
+        assert [type(event) for event in one(wrong)] == [MalformedToolCall]
 
 
 def test_nesting_without_end_is_no_call():

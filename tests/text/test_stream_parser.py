@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glm_jax.text import BrokenCall, ChatTemplate, ContentDelta, Event, ReasoningDelta, StreamParser, ToolCall
+from glm_jax.text import ChatTemplate, ContentDelta, Event, MalformedToolCall, ReasoningDelta, StreamParser, ToolCall
 
 
 def joined(events: list[Event]) -> list[Event]:
@@ -38,7 +38,7 @@ def tool(name: str, **schemas: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": schemas}}}
 
 
-R, C, T, B = ReasoningDelta, ContentDelta, ToolCall, BrokenCall
+R, C, T, B = ReasoningDelta, ContentDelta, ToolCall, MalformedToolCall
 CASES: list[tuple[str, dict[str, Any], list[Event]]] = [
     ("", {}, []),
     ("\n", {}, []),

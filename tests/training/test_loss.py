@@ -51,5 +51,5 @@ def test_accuracy_counts_learnt_tokens():
 def test_rows_are_padded_on_the_right():
     batch = pad_rows([(TOKENS[0, :4], LEARNT[0, :4]), (TOKENS[1], LEARNT[1])], 8)
     np.testing.assert_array_equal(batch.tokens[0], [*TOKENS[0, :4], 0, 0, 0, 0])
-    np.testing.assert_array_equal(batch.real.sum(axis=1), [4, 7])
-    assert not batch.learnt[0, 4:].any()
+    np.testing.assert_array_equal(batch.padding_mask.sum(axis=1), [4, 7])
+    assert not batch.loss_mask[0, 4:].any()

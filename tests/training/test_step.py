@@ -10,8 +10,8 @@ import pytest
 from glm_jax.model import Output, Transformer
 from glm_jax.sharding import rules_named
 from glm_jax.training import OptimizerConfig, build_optimizer, create_state
-from glm_jax.training.balance import expert_loads, imbalance, move_biases
-from glm_jax.training.optimizer import ADAM, FROZEN, MUON, PLAIN_ADAM, kinds, schedule
+from glm_jax.training.balance import expert_loads, imbalance, update_router_biases
+from glm_jax.training.optimizer import ADAM, ADAM_NO_DECAY, FROZEN, MUON, optimizer_labels, schedule
 from glm_jax.training.step import values_by_name
 from tests.training.runs import BATCH, OPTIMIZER, REAL, TINY, build, train
 
@@ -70,7 +70,9 @@ def test_loads_count_the_real_tokens():
 def test_biases_move_against_the_loads(one_device, stacked):
     model = Transformer.create(TINY, mesh=one_device, dtype=jnp.float32, stacked=stacked)
     load = np.array([4, 0, 2, 2, 2, 2, 1, 3], np.float32)
-    moved = values_by_name(move_biases(model, {"moe": jnp.asarray([load]), "mtp": jnp.asarray(load[::-1])}, 0.1))
+    moved = values_by_name(
+        update_router_biases(model, {"moe": jnp.asarray([load]), "mtp": jnp.asarray(load[::-1])}, 0.1)
+    )
     expected = np.float32(0.1) * np.array([-1, 1, 0, 0, 0, 0, 1, -1], np.float32)
     name = "moe.moe.router.bias" if stacked else "moe.0.moe.router.bias"
     np.testing.assert_array_equal(moved[name].reshape(-1), expected)
@@ -78,10 +80,10 @@ def test_biases_move_against_the_loads(one_device, stacked):
 
 
 def test_every_weight_has_its_optimizer():
-    found = kinds(Transformer(TINY), OPTIMIZER)
+    found = optimizer_labels(Transformer(TINY), OPTIMIZER)
     assert found["embedding.weight"] == ADAM
     assert found["head.weight"] == found["moe.moe.router.weight"] == found["mtp.projection"] == MUON
-    assert found["moe.attention.q_bias"] == found["final_norm.scale"] == PLAIN_ADAM
+    assert found["moe.attention.q_bias"] == found["final_norm.scale"] == ADAM_NO_DECAY
     assert [name for name, kind in found.items() if kind == FROZEN] == [n for n in found if n.endswith("router.bias")]
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.house.tree import PACKAGE, ROOT, expect_none, modules, write_package
+from tests.conventions.tree import PACKAGE, ROOT, expect_none, modules, write_package
 
 # Part -> the parts that it stands on; it may also import what those may. "cli" and the modules at the package's top
 # (glm_jax/__init__.py and the conveniences beside it) may import everything.
 # Everything may import glm_jax.errors and glm_jax.version.
 STANDS_ON = {
     "configs": (),
+    "runtime": ("configs",),
     "sharding": ("configs",),
     "layers": ("sharding",),
     "model": ("layers",),
@@ -26,7 +27,7 @@ STANDS_ON = {
     "inference": ("model",),
     "serving": ("inference", "text"),
     "training": ("model", "data"),
-    "planning": ("training", "inference"),
+    "planning": ("training", "inference", "runtime"),
     "posttrain": ("training", "inference", "text", "data"),
     "evaluation": ("inference", "model"),
     "research": ("inference", "model"),

@@ -10,8 +10,8 @@ import pytest
 
 from glm_jax.errors import TextError
 from glm_jax.text import load_tokenizer
-from glm_jax.text.agreement import compare_stop_ids, compare_vocabularies, stop_ids_by_file
-from tests.house.tree import ROOT
+from glm_jax.text.compatibility import compare_stop_ids, compare_vocabularies, stop_ids_by_file
+from tests.conventions.tree import ROOT
 
 DEMO = ROOT / "examples" / "demo_model"
 
@@ -54,9 +54,9 @@ def test_equal_stop_ids(tmp_path):
 def test_files_that_disagree_are_noted(tmp_path):
     """As Kimi K2's do: the settings end a turn, the configuration a text."""
     one = files(tmp_path / "one", config=585, generation_config=586)
-    agreement = compare_stop_ids(one, one)
-    assert agreement.problems == ()
-    assert agreement.notes == ("config.json names 585, generation_config.json names 586; generation ends at 586, 585",)
+    result = compare_stop_ids(one, one)
+    assert result.problems == ()
+    assert result.notes == ("config.json names 585, generation_config.json names 586; generation ends at 586, 585",)
 
 
 def test_an_id_of_the_tokenizer(tmp_path):

@@ -36,14 +36,14 @@ class Cluster:
     """This process among those of its job.
 
     Attributes:
-        found: what told: "flags", "environment" (GLM_JAX_...), "slurm", "open mpi", "kubernetes", "tpu" or "none".
+        detected_by: "flags", "environment" (GLM_JAX_...), "slurm", "open mpi", "kubernetes", "tpu" or "none".
         process_count: processes of the job; None where only jax can find out (through the `kubernetes` package).
         process_index: of this process, from 0.
         coordinator: HOST:PORT of process 0; None if this is the only process, or where jax finds it out.
         local_devices: ids of the GPUs of this process; None for all that it sees.
     """
 
-    found: str
+    detected_by: str
     process_count: int | None = 1
     process_index: int = 0
     coordinator: str | None = None
@@ -77,7 +77,7 @@ def find(
         split_address(address)
     if count is not None or index is not None:
         in_flags = process_count is not None or process_index is not None
-        return _explicit(address, count, index, found="flags" if in_flags else "environment")
+        return _explicit(address, count, index, detected_by="flags" if in_flags else "environment")
     found = _open_mpi(env) or _slurm(env) or _tpu(env) or _kubernetes(env)
     if found is None:
         if address is not None:
@@ -85,14 +85,14 @@ def find(
                 f"--coordinator {address} needs --process_count and --process_index: no Slurm, Open MPI, Kubernetes "
                 "or TPU slice was found that would tell them"
             )
-        return Cluster(found="none")
+        return Cluster(detected_by="none")
     if not 0 <= found.process_index < (found.process_count or found.process_index + 1):
-        raise InputError(f"{found.found}: process {found.process_index} of {found.process_count} cannot be")
+        raise InputError(f"{found.detected_by}: process {found.process_index} of {found.process_count} cannot be")
     address = address or env.get("JAX_COORDINATOR_ADDRESS")
     if found.process_count == 1:
         return dataclasses.replace(found, coordinator=None)
     if found.process_count is not None and address is None and found.coordinator is None:
-        raise InputError(f"{found.found} does not tell where process 0 is; give --coordinator HOST:PORT")
+        raise InputError(f"{found.detected_by} does not tell where process 0 is; give --coordinator HOST:PORT")
     return found if address is None else dataclasses.replace(found, coordinator=address)
 
 
@@ -120,7 +120,7 @@ def _named(
     return address, count, index
 
 
-def _explicit(address: str | None, count: int | None, index: int | None, *, found: str) -> Cluster:
+def _explicit(address: str | None, count: int | None, index: int | None, *, detected_by: str) -> Cluster:
     if count is None:
         raise InputError(f"--process_index {index} needs --process_count, the number of processes")
     if count < 1:
@@ -132,10 +132,10 @@ def _explicit(address: str | None, count: int | None, index: int | None, *, foun
     if not 0 <= index < count:
         raise InputError(f"--process_index {index} is none of the {count} processes; right would be 0 to {count - 1}")
     if count == 1:
-        return Cluster(found=found)
+        return Cluster(detected_by=detected_by)
     if address is None:
         raise InputError(f"--process_count {count} needs --coordinator HOST:PORT, where process 0 listens")
-    return Cluster(found=found, process_count=count, process_index=index, coordinator=address)
+    return Cluster(detected_by=detected_by, process_count=count, process_index=index, coordinator=address)
 
 
 def _open_mpi(env: Mapping[str, str]) -> Cluster | None:
@@ -154,7 +154,7 @@ def _open_mpi(env: Mapping[str, str]) -> Cluster | None:
     elif on_host == count:
         address = f"127.0.0.1:{_port(env, zlib.crc32(env.get('PMIX_NAMESPACE', '').encode()))}"
     return Cluster(
-        found=name,
+        detected_by=name,
         process_count=count,
         process_index=_required(env, "OMPI_COMM_WORLD_RANK", name),
         coordinator=address,
@@ -173,7 +173,7 @@ def _slurm(env: Mapping[str, str]) -> Cluster | None:
     local = _integer(env, "SLURM_LOCALID") or 0
     bound = "SLURM_GPUS_PER_TASK" in env  # Slurm then shows each task its own GPUs
     return Cluster(
-        found=name,
+        detected_by=name,
         process_count=count,
         process_index=_required(env, "SLURM_PROCID", name),
         coordinator=f"{first_host(env['SLURM_STEP_NODELIST'])}:{_port(env, job)}",
@@ -244,7 +244,7 @@ def _tpu(env: Mapping[str, str]) -> Cluster | None:
         raise InputError(f"tpu: {len(hosts)} workers, but TPU_WORKER_ID does not say which this one is")
     address = said.get("MEGASCALE_COORDINATOR_ADDRESS", "").rsplit(":", 1)[0] or hosts[0]
     return Cluster(
-        found="tpu",
+        detected_by="tpu",
         process_count=count,
         process_index=(index or 0) + (_integer(said, "MEGASCALE_SLICE_ID") or 0) * len(hosts),
         coordinator=f"{address}:{env.get('JAX_COORDINATOR_PORT') or TPU_PORT}",
@@ -289,7 +289,7 @@ def _kubernetes(env: Mapping[str, str]) -> Cluster | None:
             f"this is pod {index} of an indexed Kubernetes job of unknown size: set {COORDINATOR} and {PROCESS_COUNT} "
             "as scripts/launch_gke_gpu.yaml does (--process_count=1 for a single pod), or install jax[k8s]"
         )
-    return Cluster(found="kubernetes", process_count=None, process_index=index)
+    return Cluster(detected_by="kubernetes", process_count=None, process_index=index)
 
 
 def _port(env: Mapping[str, str], job: int) -> str:

@@ -14,7 +14,7 @@ import time
 from typing import Any, NoReturn
 
 from glm_jax.errors import Error
-from glm_jax.sharding.clusters import split_address
+from glm_jax.runtime.clusters import split_address
 
 GREETING = "glm_jax"
 RETRY_SECONDS = 0.25

@@ -16,14 +16,14 @@ from jax.sharding import Mesh
 
 from glm_jax.configs import ModelConfig
 from glm_jax.errors import InputError
-from glm_jax.sharding.mesh import describe
 from glm_jax.version import VERSION
 
 
 def cache_directory(root: str | Path, config: ModelConfig, mesh: Mesh) -> Path:
     """Where below `root` the programs of a model on a mesh are kept."""
+    sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     digest = hashlib.sha256(repr(config).encode()).hexdigest()[:12]
-    return Path(root) / f"{VERSION}-jax{jax.__version__}-{describe(mesh)}-{digest}"
+    return Path(root) / f"{VERSION}-jax{jax.__version__}-{sizes}-{digest}"
 
 
 def make_cache_directory(root: str | Path, config: ModelConfig, mesh: Mesh) -> Path:

@@ -14,7 +14,7 @@ CONVERTED = "hf"  # where a converted checkpoint keeps the files of its source
 
 
 @dataclasses.dataclass(frozen=True)
-class TextSide:
+class TextProcessor:
     """What turns a conversation into tokens, new tokens into text, and says when to stop.
 
     Attributes:
@@ -30,7 +30,7 @@ class TextSide:
     answer_format: AnswerFormat = GLM
 
     @classmethod
-    def load(cls, directory: str | os.PathLike[str]) -> TextSide:
+    def load(cls, directory: str | os.PathLike[str]) -> TextProcessor:
         """Read the text side of an Orbax or a Hugging Face checkpoint.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Strict accounting of a Hugging Face source: every tensor used or known junk, every weight filled.
+"""Strict validation of a Hugging Face source: every tensor used or known to be superfluous, every weight filled.
 
 Whatever does not add up is collected and raised as one error that names it all: a tensor that a converter silently
 drops, or a weight that silently keeps its initial value, is a model that runs and is wrong. A quantised matrix is
@@ -13,10 +13,10 @@ from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from glm_jax.checkpoint.names import (
-    Slot,
-    canonical_slots,
-    fused_slots,
-    is_junk,
+    TensorMapping,
+    canonical_mappings,
+    fused_mappings,
+    is_ignored,
     mtp_copy_names,
     mtp_prefix,
 )
@@ -31,7 +31,7 @@ _QUANTIZED_SUFFIXES = ("_scale_inv", "_scale", "_packed", "_shape")
 
 
 class TensorHeader(Protocol):
-    """What accounting needs to know of a tensor: no data."""
+    """What validation needs to know of a tensor: no data."""
 
     @property
     def dtype(self) -> str:
@@ -50,21 +50,21 @@ class SourcePlan:
 
     Attributes:
         config: the source's architecture, with what only its tensors tell (MTP layer present, copies).
-        slots: for each weight's tensor, where it goes. A quantised one stands here under the name that it would have
+        mappings: for each weight's tensor, where it goes. A quantised one stands here under the name that it would have
             if it were not (`X.weight`), whether or not there is a tensor of that name.
-        junk: names of tensors passed over.
+        ignored: names of tensors passed over.
         notes: sentences for the user about what was decided.
         quantized: what those of them that are quantised are stored as.
     """
 
     config: ModelConfig
-    slots: dict[str, Slot]
-    junk: tuple[str, ...]
+    mappings: dict[str, TensorMapping]
+    ignored: tuple[str, ...]
     notes: tuple[str, ...]
     quantized: dict[str, Format]
 
     def stored(self, name: str) -> tuple[str, ...]:
-        """The names of the tensors that an entry of `slots` is stored as."""
+        """The names of the tensors that an entry of `mappings` is stored as."""
         layout = self.quantized.get(name)
         return (name,) if layout is None else tuple(name + part.suffix for part in layout.parts)
 
@@ -84,35 +84,35 @@ def plan_source(
             cannot be read, and every quantised matrix whose parts are not complete or do not fit.
     """
     config, notes = _settle_mtp(config, headers)
-    canonical, fused = canonical_slots(config), fused_slots(config)
+    canonical, fused = canonical_mappings(config), fused_mappings(config)
     problems = Problems()
     quantized, claimed = _match_quantized(quantization, canonical, headers, problems=problems)
-    slots, filled = {name: canonical[name] for name in quantized}, set(quantized)
-    junk = [name for name in headers if name not in canonical and name not in fused and is_junk(name, config)]
+    mappings, filled = {name: canonical[name] for name in quantized}, set(quantized)
+    ignored = [name for name in headers if name not in canonical and name not in fused and is_ignored(name, config)]
     for name, header in headers.items():
         if name in claimed:
             continue
-        slot = canonical.get(name) or fused.get(name)
-        if slot is None:
-            if name not in junk:
+        mapping = canonical.get(name) or fused.get(name)
+        if mapping is None:
+            if name not in ignored:
                 _note_unknown(name, canonical, fused, quantization=quantization, problems=problems)
             continue
-        if tuple(header.shape) != slot.shape:
-            problems.add("of the wrong shape", f"{name} is {list(header.shape)}, should be {list(slot.shape)}")
+        if tuple(header.shape) != mapping.shape:
+            problems.add("of the wrong shape", f"{name} is {list(header.shape)}, should be {list(mapping.shape)}")
         if header.dtype in _QUANTIZED_DTYPES and quantization is None:
             problems.add(_UNDECLARED, f"{name} is {header.dtype}")
         elif header.dtype not in FLOAT_DTYPES:
             problems.add("of a dtype that is not supported", f"{name} is {header.dtype}, not {', '.join(FLOAT_DTYPES)}")
-        for target in slot.stands_for or (name,):
+        for target in mapping.stands_for or (name,):
             if target in filled:
                 problems.add("stored twice (fused and for each expert)", target)
             filled.add(target)
-        slots[name] = slot
+        mappings[name] = mapping
     for name in canonical:
         if name not in filled:
             problems.add("missing", name)
     problems.raise_any(config)
-    return SourcePlan(config, slots, tuple(junk), tuple(notes), quantized)
+    return SourcePlan(config, mappings, tuple(ignored), tuple(notes), quantized)
 
 
 _UNDECLARED = "quantised although config.json has no quantization_config"
@@ -120,8 +120,8 @@ _UNDECLARED = "quantised although config.json has no quantization_config"
 
 def _note_unknown(
     name: str,
-    canonical: Mapping[str, Slot],
-    fused: Mapping[str, Slot],
+    canonical: Mapping[str, TensorMapping],
+    fused: Mapping[str, TensorMapping],
     *,
     quantization: Quantization | None,
     problems: Problems,
@@ -135,7 +135,7 @@ def _note_unknown(
 
 def _match_quantized(
     quantization: Quantization | None,
-    canonical: Mapping[str, Slot],
+    canonical: Mapping[str, TensorMapping],
     headers: Mapping[str, TensorHeader],
     *,
     problems: Problems,
@@ -146,7 +146,7 @@ def _match_quantized(
     if quantization is None:
         return quantized, claimed
     parts = quantization.layout.parts
-    for name, slot in canonical.items():
+    for name, mapping in canonical.items():
         found = {part.suffix: headers[name + part.suffix] for part in parts if name + part.suffix in headers}
         # Values under the weight's own name are quantised by their dtype; everything else only a quantised one has.
         if not any(suffix or header.dtype in parts[0].dtypes for suffix, header in found.items()):
@@ -154,7 +154,7 @@ def _match_quantized(
         claimed.update(name + suffix for suffix in found)
         if parts[0].suffix in found:
             quantized[name] = quantization.layout
-        _check_parts(quantization, name, slot, found=found, problems=problems)
+        _check_parts(quantization, name, mapping, found=found, problems=problems)
         if name in headers and name not in claimed:
             problems.add("stored twice (quantised and not)", name)
             claimed.add(name)
@@ -165,14 +165,19 @@ def _match_quantized(
 
 
 def _check_parts(
-    quantization: Quantization, name: str, slot: Slot, *, found: Mapping[str, TensorHeader], problems: Problems
+    quantization: Quantization,
+    name: str,
+    mapping: TensorMapping,
+    *,
+    found: Mapping[str, TensorHeader],
+    problems: Problems,
 ) -> None:
-    if len(slot.shape) != 2:
+    if len(mapping.shape) != 2:
         problems.add("quantised, which only matrices can be", name)
         return
     if quantization.exempts(name):
         problems.add("quantised although quantization_config exempts it (ignore)", name)
-    shapes = quantization.layout.shapes(slot.shape)
+    shapes = quantization.layout.shapes(mapping.shape)
     for part in quantization.layout.parts:
         header = found.get(part.suffix)
         stored = name + part.suffix

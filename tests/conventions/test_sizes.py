@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.house.tree import PACKAGE, Function, expect_none, modules, write_package
+from tests.conventions.tree import PACKAGE, Function, expect_none, modules, write_package
 
 FILE_LINES = 500
 FUNCTION_LINES = 60

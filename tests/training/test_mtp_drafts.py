@@ -23,7 +23,7 @@ from glm_jax.training import (
     language_model_loss,
     place,
 )
-from glm_jax.training.chain import chained_logits
+from glm_jax.training.mtp_drafts import mtp_draft_logits
 
 TINY = dataclasses.replace(configs.get("tiny-glm"), num_layers=2)
 KERNELS = Kernels(experts="dense")
@@ -43,7 +43,7 @@ def passes(model, tokens, drafts, *, remat=False):
     @jax.jit
     def run(model, tokens):
         output = forward(model, tokens, mtp=True, kernels=KERNELS)
-        return output, chained_logits(model, tokens, output, drafts=drafts, kernels=KERNELS, remat=remat)
+        return output, mtp_draft_logits(model, tokens, output, drafts=drafts, kernels=KERNELS, remat=remat)
 
     with jax.set_mesh(model.mesh):
         return run(model, jnp.asarray(tokens))
@@ -51,11 +51,11 @@ def passes(model, tokens, drafts, *, remat=False):
 
 @pytest.mark.parametrize("remat", [False, True])
 def test_each_draft_is_the_layer_on_the_output_before_it(model, remat):
-    output, chained = passes(model, TOKENS, 4, remat=remat)
-    assert [rows.shape[1] for rows in chained] == [LENGTH - 2, LENGTH - 3, LENGTH - 4]
+    output, draft_logits = passes(model, TOKENS, 4, remat=remat)
+    assert [rows.shape[1] for rows in draft_logits] == [LENGTH - 2, LENGTH - 3, LENGTH - 4]
     states = output.mtp_hidden
     with jax.set_mesh(model.mesh):
-        for distance, rows in enumerate(chained, 2):
+        for distance, rows in enumerate(draft_logits, 2):
             length = LENGTH - distance
             step = model.step(jnp.tile(jnp.arange(length), (4, 1)), fresh=True, kernels=KERNELS)
             embedded = model.embedding(jnp.asarray(TOKENS[:, distance:]))
@@ -65,24 +65,24 @@ def test_each_draft_is_the_layer_on_the_output_before_it(model, remat):
 
 @pytest.mark.parametrize("drafts", [1, 3])
 def test_the_loss_is_the_mean_over_drafts(model, drafts):
-    output, chained = passes(model, TOKENS, drafts)
+    output, draft_logits = passes(model, TOKENS, drafts)
     losses = []
-    for shift, rows in enumerate((output.mtp_logits, *chained), 2):
+    for shift, rows in enumerate((output.mtp_logits, *draft_logits), 2):
         logits, labels = np.asarray(rows, np.float64), TOKENS[:, shift:]
         logits = logits[:, : labels.shape[1]]
-        learnt = np.asarray(BATCH.learnt)[:, shift:]
+        mask = np.asarray(BATCH.loss_mask)[:, shift:]
         likelihood = np.take_along_axis(logits, labels[..., None], -1)[..., 0] - np.log(np.exp(logits).sum(-1))
-        losses.append(-likelihood[learnt].mean())
+        losses.append(-likelihood[mask].mean())
     assert len(losses) == drafts
-    metrics = language_model_loss(output, BATCH, mtp_weight=0.5, chained=chained)
+    metrics = language_model_loss(output, BATCH, mtp_weight=0.5, draft_logits=draft_logits)
     assert float(metrics.mtp) == pytest.approx(np.mean(losses), rel=1e-5)
     assert float(metrics.loss) == pytest.approx(float(metrics.next_token) + 0.5 * np.mean(losses), rel=1e-5)
 
 
 @pytest.mark.parametrize("length", [1, 3])
 def test_short_sequences_have_fewer_drafts(model, length):
-    _, chained = passes(model, TOKENS[:, :length], 8)
-    assert [rows.shape[1] for rows in chained] == list(range(length - 2, 0, -1))
+    _, draft_logits = passes(model, TOKENS[:, :length], 8)
+    assert [rows.shape[1] for rows in draft_logits] == list(range(length - 2, 0, -1))
 
 
 def test_a_step_learns_them(one_device):
@@ -95,8 +95,8 @@ def test_a_step_learns_them(one_device):
         with jax.set_mesh(one_device):
             for _ in range(8):
                 state, _ = step(state, place(BATCH, one_device))
-        output, chained = passes(state.model, TOKENS, 3)
-        losses[drafts] = float(language_model_loss(output, BATCH, mtp_weight=1.0, chained=chained).mtp)
+        output, draft_logits = passes(state.model, TOKENS, 3)
+        losses[drafts] = float(language_model_loss(output, BATCH, mtp_weight=1.0, draft_logits=draft_logits).mtp)
     assert losses[3] < losses[1] - 0.1
 
 

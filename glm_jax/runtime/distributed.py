@@ -3,7 +3,7 @@
 All processes run the same program over the devices of all. One that fails says so through the key-value store that jax
 connects them with; the others look there every second, wherever their devices are waiting, and all of them end with
 one line, printed by process 0. A process that is killed cannot say anything: jax ends the others once they have missed
-its heartbeats. Fetching results that lie on several processes is here too.
+its heartbeats.
 """
 
 from __future__ import annotations
@@ -22,15 +22,12 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 import jax
-import numpy as np
 from jax._src import distributed as jax_distributed  # the key-value store has no public name
 from jax._src import xla_bridge
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from glm_jax.errors import Error, InputError, ShardingError
-from glm_jax.sharding.clusters import Cluster, find
-from glm_jax.sharding.mesh import describe
-from glm_jax.sharding.rendezvous import meet
+from glm_jax.errors import Error, InputError
+from glm_jax.runtime.clusters import Cluster, find
+from glm_jax.runtime.rendezvous import meet
 from glm_jax.version import VERSION
 
 START_TIMEOUT = 300.0
@@ -47,14 +44,14 @@ class Processes:
     Attributes:
         index: of this process; process 0 prints.
         count: of all.
-        found: what told: "flags", "environment", "slurm", "open mpi", "kubernetes", "tpu", "none" (there is one
+        detected_by: "flags", "environment", "slurm", "open mpi", "kubernetes", "tpu", "none" (there is one
             process), or "jax" if the caller had connected them already.
         coordinator: HOST:PORT where they met, None of a single process.
     """
 
     index: int
     count: int
-    found: str
+    detected_by: str
     coordinator: str | None = None
 
     @property
@@ -71,7 +68,7 @@ class Processes:
         """One line for people."""
         if self.count == 1:
             return "one process"
-        return f"process {self.index} of {self.count}, found by {self.found}, coordinator {self.coordinator}"
+        return f"process {self.index} of {self.count}, found by {self.detected_by}, coordinator {self.coordinator}"
 
 
 _started: Processes | None = None
@@ -116,18 +113,20 @@ def start(
         return _started
     if _client() is not None:
         state = jax_distributed.global_state
-        _started = _joined(state.process_id, state.num_processes, found="jax", coordinator=state.coordinator_address)
+        _started = _joined(
+            state.process_id, state.num_processes, detected_by="jax", coordinator=state.coordinator_address
+        )
         return _started
     cluster = find(coordinator=coordinator, process_count=process_count, process_index=process_index)
     if cluster.process_count == 1:
-        _started = Processes(index=0, count=1, found=cluster.found)
+        _started = Processes(index=0, count=1, detected_by=cluster.detected_by)
         return _started
     if xla_bridge.backends_are_initialized():
         raise Error("glm_jax.distributed.start() came after jax had used its devices; call it first of all")
     _connect(cluster, start_timeout=start_timeout, heartbeat_timeout=heartbeat_timeout)
     state = jax_distributed.global_state
     _started = _joined(
-        state.process_id, state.num_processes, found=cluster.found, coordinator=state.coordinator_address
+        state.process_id, state.num_processes, detected_by=cluster.detected_by, coordinator=state.coordinator_address
     )
     return _started
 
@@ -150,7 +149,7 @@ def _connect(cluster: Cluster, *, start_timeout: float, heartbeat_timeout: float
         raise Error(f"jax did not connect the processes: {str(error).splitlines()[0]}") from error
 
 
-def _joined(index: int, count: int, *, found: str, coordinator: str | None) -> Processes:
+def _joined(index: int, count: int, *, detected_by: str, coordinator: str | None) -> Processes:
     """The processes once jax has connected them: from now on they end together."""
     global _watch
     if count > 1:
@@ -158,7 +157,7 @@ def _joined(index: int, count: int, *, found: str, coordinator: str | None) -> P
         _watch.start()
         atexit.register(_watch.stop)  # before jax's own, which takes away what it looks at
         sys.excepthook = functools.partial(_excepthook, sys.excepthook)
-    return Processes(index=index, count=count, found=found, coordinator=coordinator)
+    return Processes(index=index, count=count, detected_by=detected_by, coordinator=coordinator)
 
 
 def _excepthook(
@@ -267,38 +266,3 @@ def _until(condition: Callable[[], bool]) -> bool:
                 return True
         time.sleep(0.05)
     return False
-
-
-def check_mesh(mesh: Mesh) -> None:
-    """Check that this process has a part of a mesh: without one it could not run the program of the others.
-
-    Raises:
-        ShardingError: it has none.
-    """
-    there = {device.process_index for device in mesh.devices.flat}
-    if jax.process_index() not in there:
-        raise ShardingError(
-            f"mesh {describe(mesh)} has no device of process {jax.process_index()}: {mesh.size} of the "
-            f"{jax.device_count()} devices of {jax.process_count()} processes; start fewer, or choose a mesh over all"
-        )
-
-
-def to_host(array: jax.Array) -> np.ndarray:
-    """The whole of an array as numpy, gathered first if this process holds only a part; then all must call this."""
-    if not array.is_fully_addressable and not array.is_fully_replicated:
-        assert isinstance(array.sharding, NamedSharding) and isinstance(array.sharding.mesh, Mesh)
-        with jax.set_mesh(array.sharding.mesh):
-            array = _replicate(array)
-    return np.asarray(array)
-
-
-@jax.jit
-def _replicate(array: jax.Array) -> jax.Array:
-    return jax.reshard(array, PartitionSpec())
-
-
-def to_devices(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """Place an array that every process has whole; each places its own devices' parts."""
-    if sharding.is_fully_addressable:
-        return jax.device_put(array, sharding)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

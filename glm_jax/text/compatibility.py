@@ -16,7 +16,7 @@ CONFIGS = ("config.json", "generation_config.json")
 
 
 @dataclasses.dataclass(frozen=True)
-class Agreement:
+class Compatibility:
     """What was found, in words, what is wrong with it, and what is only to be known."""
 
     found: str
@@ -49,7 +49,7 @@ def stop_ids_by_file(directory: str | os.PathLike[str]) -> dict[str, tuple[int, 
     return found
 
 
-def compare_stop_ids(ours: str | os.PathLike[str], theirs: str | os.PathLike[str]) -> Agreement:
+def compare_stop_ids(ours: str | os.PathLike[str], theirs: str | os.PathLike[str]) -> Compatibility:
     """Hold the ids at which generation ends against those that any file of either checkpoint names.
 
     That the files of one checkpoint name different ids (Kimi K2's do) is a note, as long as generation ends at all.
@@ -73,12 +73,12 @@ def compare_stop_ids(ours: str | os.PathLike[str], theirs: str | os.PathLike[str
     if len({frozenset(ids) for ids in (named.get(name) for name in CONFIGS) if ids}) > 1:
         told = ", ".join(f"{name} names {_listed(named[name])}" for name in CONFIGS)
         notes.append(f"{told}; generation ends at {_listed(used)}")
-    return Agreement(_listed(used), tuple(problems), tuple(notes))
+    return Compatibility(_listed(used), tuple(problems), tuple(notes))
 
 
 def compare_vocabularies(
     ours: str | os.PathLike[str], theirs: str | os.PathLike[str], *, model_size: int, reference_size: int
-) -> Agreement:
+) -> Compatibility:
     """Hold the tokenizers' sizes against each other's and the models': the embedding may be padded, not too short.
 
     Args:
@@ -97,14 +97,14 @@ def compare_vocabularies(
     if (tokenizer is None) != (other is None):
         problems.append(f"only {'the reference' if tokenizer is None else 'the model'} has a tokenizer")
     if tokenizer is None:
-        return Agreement(f"the model has {model_size} ids; no tokenizer to compare with", tuple(problems))
+        return Compatibility(f"the model has {model_size} ids; no tokenizer to compare with", tuple(problems))
     size = tokenizer.vocab_size
     if other is not None and other.vocab_size != size:
         problems.append(f"the tokenizer has {size} ids, the reference's {other.vocab_size}")
     if size > model_size:
         problems.append(f"the tokenizer's ids {model_size}..{size - 1} are beyond the model's")
     padding = f"ids {size}..{model_size - 1} are padding" if size < model_size else "no padding"
-    return Agreement(f"tokenizer {size} ids, model {model_size}: {padding}", tuple(problems))
+    return Compatibility(f"tokenizer {size} ids, model {model_size}: {padding}", tuple(problems))
 
 
 def _listed(ids: Iterable[int]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.house.tree import ROOT, expect_none
+from tests.conventions.tree import ROOT, expect_none
 
 # A home or work directory at the root, where a path can begin; "docs/home" and "example.org/home" are none.
 MACHINE_PATH = re.compile(r"""(?<![\w./~$})<>-])/(?:work|root|home)(?=[/\s"'`),;:]|$)""", re.MULTILINE)

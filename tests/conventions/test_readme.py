@@ -14,7 +14,7 @@ import glm_jax
 from glm_jax import configs
 from glm_jax.cli.main import VERBS, verb_flags
 from tests.cli.checkpoints import write_checkpoint
-from tests.house.tree import ROOT
+from tests.conventions.tree import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = (

@@ -1,4 +1,4 @@
-"""What the house tests read: the checkout, the package and its parsed modules."""
+"""What the tests of the conventions read: the checkout, the package and its parsed modules."""
 
 from __future__ import annotations
 

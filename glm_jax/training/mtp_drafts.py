@@ -18,7 +18,7 @@ from glm_jax.model.transformer import run_mtp
 from glm_jax.sharding import axes_of
 
 
-def chained_logits(
+def mtp_draft_logits(
     model: Transformer, tokens: jax.Array, output: Output, *, drafts: int, kernels: Kernels, remat: bool
 ) -> tuple[jax.Array, ...]:
     """The logits of drafts 2 to `drafts`, after the first in `output.mtp_logits`.
