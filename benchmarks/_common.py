@@ -158,3 +158,10 @@ def decode_bytes(config: ModelConfig, batch: int, context: int, itemsize: int) -
     weights += config.num_moe_layers * moe.num_experts * config.embed_dim + config.embed_dim * config.vocab_size
     cache = 2 * config.num_layers * batch * context * attention.num_kv_heads * attention.head_dim
     return itemsize * (weights + cache)
+
+
+def ops_with(model: Any, experts: str | None) -> Any:
+    """The model's operations, with an implementation of the routed experts by name."""
+    from glm_jax.kernels import with_implementations
+
+    return model.ops if experts is None else with_implementations(model.ops, experts=experts)

@@ -13,13 +13,12 @@ import numpy as np
 
 import glm_jax
 from benchmarks import _common as common
-from glm_jax.layers.step import Kernels
+from glm_jax.kernels import ops_for
 from glm_jax.sharding import map_weights, with_shardings
 
 LARGEST = 1e-3  # of the logits' standard deviation, in float32
 MEDIAN = {"float32": 1e-4, "bfloat16": 0.03}
 NEW_TOKENS = 16
-DENSE = Kernels(experts="dense")
 
 
 def config() -> glm_jax.configs.ModelConfig:
@@ -40,7 +39,7 @@ def measure(run: common.Run, device: Any, implementations: Sequence[str | None])
     with jax.default_device(cpu):
         start = common.random_model(config(), reference_mesh, jnp.bfloat16, seed=1)
         exact = on_mesh(start, reference_mesh, np.float32)
-        expected = exact(tokens, mtp=True, kernels=DENSE)
+        expected = exact(tokens, mtp=True, ops=common.ops_with(exact, "dense"))
         continued = continuations(exact, tokens[:, :8])
     for dtype in ("float32", "bfloat16"):
         model = on_mesh(start, mesh, jnp.dtype(dtype))
@@ -67,14 +66,16 @@ def on_mesh(model: Any, mesh: Any, dtype: Any) -> Any:
         value = np.asarray(weight[...])
         return jax.device_put(value if weight.pinned else value.astype(dtype), shardings[name])
 
-    return map_weights(move, model)
+    moved = map_weights(move, model)
+    moved.ops = ops_for(mesh)
+    return moved
 
 
 def continuations(model: Any, prompts: np.ndarray) -> np.ndarray:
     """Prompts with the likeliest tokens after them, by whole passes: no cache, no sampling, one padded shape."""
     tokens = np.pad(prompts, ((0, 0), (0, NEW_TOKENS)))
     for at in range(prompts.shape[1], tokens.shape[1]):
-        tokens[:, at] = np.asarray(model(tokens, kernels=DENSE).logits)[:, at - 1].argmax(-1)
+        tokens[:, at] = np.asarray(model(tokens, ops=common.ops_with(model, "dense")).logits)[:, at - 1].argmax(-1)
     return tokens
 
 
@@ -91,7 +92,7 @@ def logits(model: Any, tokens: np.ndarray, expected: Any, *, name: str | None) -
 
     In bfloat16 a near tie in a router may fall the other way, and that token then differs: there the median counts.
     """
-    out = model(tokens, mtp=True, kernels=Kernels(experts=name))
+    out = model(tokens, mtp=True, ops=common.ops_with(model, name))
     row: dict[str, Any] = {}
     for part in ("logits", "mtp_logits"):
         exact = np.asarray(getattr(expected, part))

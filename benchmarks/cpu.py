@@ -77,11 +77,11 @@ class GlmJax:
 
     def prefill(self, tokens: np.ndarray) -> np.ndarray:
         """See `Rival`."""
-        return np.asarray(self._run(tokens, room=tokens.shape[1]).tokens)
+        return np.asarray(self._run(tokens, cache_length=tokens.shape[1]).tokens)
 
     def start(self, tokens: np.ndarray) -> np.ndarray:
         """See `Rival`."""
-        self._state = self._run(tokens, room=ROOM)
+        self._state = self._run(tokens, cache_length=ROOM)
         return np.asarray(self._state.tokens)
 
     def decode(self, steps: int) -> np.ndarray:
@@ -89,8 +89,10 @@ class GlmJax:
         self._state, tokens = self._runner.decode(self._state, self._sampler, steps=steps)
         return np.asarray(tokens)
 
-    def _run(self, tokens: np.ndarray, *, room: int) -> Any:
-        return self._runner.prefill(tokens.tolist(), self._sampler, padded_length=tokens.shape[1], room=room)
+    def _run(self, tokens: np.ndarray, *, cache_length: int) -> Any:
+        return self._runner.prefill(
+            tokens.tolist(), self._sampler, padded_length=tokens.shape[1], cache_length=cache_length
+        )
 
 
 class Transformers:

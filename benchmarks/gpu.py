@@ -30,11 +30,11 @@ import numpy as np
 import glm_jax
 from benchmarks import _common as common
 from benchmarks import _parity as parity
-from glm_jax.layers.step import Kernels
+from glm_jax.kernels import Ops
 from glm_jax.model import create_cache
 from glm_jax.sharding import batch_sharding
 
-IMPLEMENTATIONS = (None, "dense", "blocks", "ragged")  # None: what the platform chooses
+IMPLEMENTATIONS = (None, "dense", "block_gmm", "ragged")  # None: what the platform chooses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ def sizes(tiny: bool) -> Sizes:
     """The sizes of a run; the model is that of GLM-4.5-Air cut to one dense layer and three with experts."""
     if tiny:
         config = dataclasses.replace(glm_jax.configs.get("tiny-glm"), num_layers=2, num_mtp_layers=0)
-        return Sizes(config, 128, 1 << 16, ((1, 32),), (4, 8), 32, 2, 2, (None, "blocks"))
+        return Sizes(config, 128, 1 << 16, ((1, 32),), (4, 8), 32, 2, 2, (None, "block_gmm"))
     air = glm_jax.configs.get("glm-4.5-air")
     config = dataclasses.replace(air, num_layers=4, num_mtp_layers=0, mtp_copies=())
     return Sizes(config, 8192, 2 << 30, ((1, 2048), (4, 2048)), (1, 8, 32), 2048, 16, 10)
@@ -80,23 +80,24 @@ def measure_machine(device: Any, size: Sizes) -> Iterator[dict[str, Any]]:
 # --- speed ------------------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames="kernels", donate_argnames="cache")
-def prefill(model: Any, tokens: jax.Array, cache: Any, *, kernels: Kernels) -> Any:
+@functools.partial(jax.jit, static_argnames="ops", donate_argnames="cache")
+def prefill(model: Any, tokens: jax.Array, cache: Any, *, ops: Ops) -> Any:
     """The likeliest next tokens [B] of prompts [B, T], and their cache."""
     positions = jnp.zeros_like(tokens) + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    hidden, cache, _ = model.hidden_states(tokens, step=model.step(positions, fresh=True, kernels=kernels), cache=cache)
-    return jnp.argmax(model.logits(hidden[:, -1:])[:, 0], axis=-1), cache
+    context = model.context(positions, prefill=True, ops=ops)
+    hidden, cache, _ = model.hidden_states(tokens, context=context, cache=cache)
+    return ops.argmax(model.logits(hidden[:, -1:], ops=ops)[:, 0]), cache
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "kernels"), donate_argnames="cache")
-def decode(model: Any, tokens: jax.Array, positions: jax.Array, cache: Any, *, steps: int, kernels: Kernels) -> Any:
+@functools.partial(jax.jit, static_argnames=("steps", "ops"), donate_argnames="cache")
+def decode(model: Any, tokens: jax.Array, positions: jax.Array, cache: Any, *, steps: int, ops: Ops) -> Any:
     """`steps` greedy steps from tokens [B] at positions [B]: the last tokens, and the cache."""
 
     def body(carry, _):
         tokens, positions, cache = carry
-        step = model.step(positions[:, None], fresh=False, kernels=kernels)
-        hidden, cache, _ = model.hidden_states(tokens[:, None], step=step, cache=cache)
-        return (jnp.argmax(model.logits(hidden)[:, 0], axis=-1).astype(jnp.int32), positions + 1, cache), None
+        context = model.context(positions[:, None], prefill=False, ops=ops)
+        hidden, cache, _ = model.hidden_states(tokens[:, None], context=context, cache=cache)
+        return (ops.argmax(model.logits(hidden, ops=ops)[:, 0]), positions + 1, cache), None
 
     (tokens, _, cache), _ = jax.lax.scan(body, (tokens, positions, cache), length=steps)
     return tokens, cache
@@ -130,7 +131,7 @@ class Speed:
 
             def call() -> jax.Array:
                 nonlocal cache
-                first, cache = prefill(self.model, tokens, cache, kernels=Kernels(experts=name))
+                first, cache = prefill(self.model, tokens, cache, ops=common.ops_with(self.model, name))
                 return first
 
             times = common.measure(call, repeats=self.size.repeats)
@@ -161,7 +162,7 @@ class Speed:
             def call() -> jax.Array:
                 nonlocal cache
                 last, cache = decode(
-                    self.model, tokens, positions, cache, steps=size.steps, kernels=Kernels(experts=name)
+                    self.model, tokens, positions, cache, steps=size.steps, ops=common.ops_with(self.model, name)
                 )
                 return last
 

@@ -6,7 +6,6 @@ scores let the model write each turn itself and ask `demo_tasks.verify`.
 
 from __future__ import annotations
 
-import functools
 import random
 from collections.abc import Iterator
 
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_jax.inference.generate import generate
-from glm_jax.layers.step import Kernels
+from glm_jax.kernels import with_implementations
 from glm_jax.model import Transformer
 from glm_jax.model.transformer import forward
 from glm_jax.text import ChatTemplate, Tokenizer
@@ -47,15 +46,13 @@ def unseen(task: str, mode: str, size: int | None, count: int) -> list[Sample]:
     return [demo_tasks.make(task, mode, rng, size=size) for _ in range(count)]
 
 
-def glance(
-    model: Transformer, tokenizer: Tokenizer, template: ChatTemplate, *, kernels: Kernels, samples: int = 24
-) -> Scores:
+def glance(model: Transformer, tokenizer: Tokenizer, template: ChatTemplate, *, samples: int = 24) -> Scores:
     """Print and return the share of samples whose tokens in the loss mask are all the argmax."""
     scores: Scores = {}
     for title, task, size, turn in CELLS:
         for mode in () if turn else (THINKING, DIRECT):
             rows = [demo_tasks.encode(s, tokenizer, template) for s in unseen(task, mode, size, samples)]
-            right, accepted = _check_rows(model, pad_rows(rows, demo_tasks.MAX_TOKENS), kernels)
+            right, accepted = _check_rows(model, pad_rows(rows, demo_tasks.MAX_TOKENS))
             scores.setdefault(title, {})[mode] = float(np.mean(right))
             scores.setdefault(MTP, {}).setdefault(mode, 0.0)
             scores[MTP][mode] = accepted if task == "cups" else scores[MTP][mode]
@@ -75,7 +72,7 @@ def score(model: Transformer, tokenizer: Tokenizer, template: ChatTemplate, *, s
             scores.setdefault(title, {})[mode] = float(np.mean(right))
             if turn == 0:
                 rows = [demo_tasks.encode(s, tokenizer, template) for s in chosen]
-                share = _check_rows(model, pad_rows(rows, demo_tasks.MAX_TOKENS), Kernels(experts="blocks"))[1]
+                share = _check_rows(model, pad_rows(rows, demo_tasks.MAX_TOKENS))[1]
                 weight = sum(int(mask.sum()) for _, mask in rows)
                 accepted, counted = accepted + share * weight, counted + weight
         scores.setdefault(MTP, {})[mode] = accepted / counted
@@ -98,17 +95,17 @@ def _written(
     yield from (tokenizer.decode(tokens) for tokens in new)
 
 
-def _check_rows(model: Transformer, batch: Batch, kernels: Kernels) -> tuple[np.ndarray, float]:
+def _check_rows(model: Transformer, batch: Batch) -> tuple[np.ndarray, float]:
     with jax.set_mesh(model.mesh):
-        right, accepted = _check(model, batch, kernels=kernels)
+        right, accepted = _check(model, batch)
     return np.asarray(right), float(accepted)
 
 
-@functools.partial(jax.jit, static_argnames="kernels")
-def _check(model: Transformer, batch: Batch, *, kernels: Kernels) -> tuple[jax.Array, jax.Array]:
+@jax.jit
+def _check(model: Transformer, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Whether the argmax is right for each row's whole loss mask, and the share of it that MTP drafts likewise."""
     tokens, mask = jnp.asarray(batch.tokens), jnp.asarray(batch.loss_mask)
-    output = forward(model, tokens, mtp=True, kernels=kernels)
+    output = forward(model, tokens, mtp=True, ops=with_implementations(model.ops, experts="block_gmm"))
     choice = jnp.argmax(output.logits, axis=-1)
     assert output.mtp_logits is not None
     draft = jnp.argmax(output.mtp_logits, axis=-1)

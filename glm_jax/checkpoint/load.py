@@ -27,8 +27,16 @@ from glm_jax.checkpoint.quantized_load import KEEP, Leaf, check_choice, plan_lea
 from glm_jax.checkpoint.source import HfSource, Index, Source
 from glm_jax.errors import CheckpointError
 from glm_jax.model import Transformer
-from glm_jax.model.transformer import in_form, platform_stacks, runtime_model
-from glm_jax.sharding import QuantizedArray, Rules, default_mesh, map_weights, with_shardings
+from glm_jax.model.transformer import runtime_model, with_layer_layout
+from glm_jax.sharding import (
+    PackedBfloat16,
+    QuantizedArray,
+    Rules,
+    WeightArray,
+    default_mesh,
+    map_weights,
+    with_shardings,
+)
 from glm_jax.sharding.host_arrays import check_mesh
 
 Read = Callable[[Index], np.ndarray]
@@ -112,13 +120,13 @@ def load_source(
     part = LayerRange.of(source.config, layers)
     mesh = default_mesh(part.config) if mesh is None else mesh
     check_mesh(mesh)
-    stacked = platform_stacks(mesh) if stacked is None else stacked
     model = runtime_model(part.config, mesh, dtype=dtype, rules=rules)
+    stacked = model.ops.stacked_layers if stacked is None else stacked
     leaves: dict[str, Leaf] = {}
     if quantized == KEEP:
         leaves, model.notes = plan_leaves(source, model, mesh)
         model = map_weights(lambda name, w: leaves[name].abstract(w) if name in leaves else w.get_raw_value(), model)
-    placed = with_shardings(in_form(model, stacked=stacked), mesh, model.rules)
+    placed = with_shardings(with_layer_layout(model, stacked=stacked), mesh, model.rules)
     reader = _Reader(source, part, leaves)
     return map_weights(lambda name, weight: reader.place(name, weight.get_raw_value()), placed)
 
@@ -131,10 +139,10 @@ class _Reader:
     layers: LayerRange
     leaves: Mapping[str, Leaf]
 
-    def place(self, name: str, target: jax.ShapeDtypeStruct | QuantizedArray) -> jax.Array | QuantizedArray:
+    def place(self, name: str, target: jax.ShapeDtypeStruct | QuantizedArray | PackedBfloat16) -> WeightArray:
         """A weight of the model on its devices."""
         weight, layer = stacked_name(name)
-        if isinstance(target, QuantizedArray) and target.bits:
+        if isinstance(target, PackedBfloat16):
             read = self._of_layer(weight, layer, functools.partial(self.source.read, weight))
             return target.map(lambda values: place(values, lambda index: _bits(read(index))))
         if not isinstance(target, QuantizedArray):
@@ -142,7 +150,7 @@ class _Reader:
         leaf = self.leaves[weight]
         values = place(target.values, self._of_layer(weight, layer, leaf.read_values))
         scale = place(target.scale, self._of_layer(weight, layer, leaf.read_scale))
-        return QuantizedArray(values, scale, target.inputs)
+        return QuantizedArray(values, scale, target.contracting_dims)
 
     def _of_layer(self, weight: str, layer: int | None, read: Read) -> Read:
         """Read an array of the model by reading one of the source, which has all layers stacked."""

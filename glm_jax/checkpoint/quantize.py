@@ -99,9 +99,9 @@ def choose(config: ModelConfig, layout: Format) -> tuple[dict[str, Format], list
     chosen: dict[str, Format] = {}
     left = []
     for name, weight in weights_by_name(Transformer(config)).items():
-        if not weight.inputs:
+        if not weight.contracting_dims:
             continue
-        own, inputs = layout, math.prod(weight.get_raw_value().shape[-weight.inputs :])
+        own, inputs = layout, math.prod(weight.get_raw_value().shape[-weight.contracting_dims :])
         if isinstance(layout, PackedInt4):
             own = PackedInt4(math.gcd(layout.group, inputs))
             if own.group < min(_SMALLEST_GROUP, layout.group):

@@ -26,7 +26,7 @@ from glm_jax.checkpoint.quantized import Format, Fp8, Index, Int8, PackedInt4, r
 from glm_jax.checkpoint.source import Source
 from glm_jax.errors import InputError
 from glm_jax.model import Transformer
-from glm_jax.sharding import QuantizedArray, Weight, platform, shardings, weights_by_name
+from glm_jax.sharding import QuantizedArray, Weight, shardings, weights_by_name
 
 KEEP, DEQUANTIZE = "keep", "dequantize"
 MIN_GROUP = 32  # inputs; below that the scales take as much as int4 values do
@@ -36,8 +36,6 @@ _DTYPES: dict[type, np.dtype] = {
     Int8: np.dtype(np.int8),
     PackedInt4: np.dtype(ml_dtypes.int4),
 }
-# What a CPU multiplies with many times as fast: the bits of FP8 numbers, and whole bytes.
-_CPU_DTYPES = {**_DTYPES, Fp8: np.dtype(np.uint8), PackedInt4: np.dtype(np.int8)}
 
 
 def check_choice(quantized: str) -> None:
@@ -73,9 +71,9 @@ class Leaf:
     def abstract(self, weight: Weight) -> QuantizedArray:
         """The leaf without data, for the weight's declaration."""
         shape = weight.get_raw_value().shape
-        scale = (*shape[: len(shape) - weight.inputs], *(() if self.groups is None else (self.groups,)))
+        scale = (*shape[: len(shape) - weight.contracting_dims], *(() if self.groups is None else (self.groups,)))
         values = jax.ShapeDtypeStruct(shape, self.dtype)
-        return QuantizedArray(values, jax.ShapeDtypeStruct(scale, np.float32), weight.inputs)
+        return QuantizedArray(values, jax.ShapeDtypeStruct(scale, np.float32), weight.contracting_dims)
 
     def read_values(self, index: Index) -> np.ndarray:
         """The slice `values[index]`."""
@@ -129,7 +127,7 @@ def plan_leaves(source: Source, model: Transformer, mesh: Mesh) -> tuple[dict[st
     """
     weights = weights_by_name(model)
     formats = {name: layout for name, layout in source.quantized_weights().items() if name in weights}
-    dtypes = _CPU_DTYPES if platform(mesh) == "cpu" else _DTYPES
+    dtypes = {layout: model.ops.storage.quantized_dtype(dtype) for layout, dtype in _DTYPES.items()}
     # What `fsdp` splits besides, it splits by whole groups.
     placed = shardings(model, mesh, dataclasses.replace(model.rules, fsdp=())) if formats else {}
     leaves: dict[str, Leaf] = {}
@@ -167,10 +165,10 @@ def _decide(
     """The leaf, or why there is none."""
     if layout is None:
         return "quantised in some layers or experts only"
-    if not weight.inputs:
+    if not weight.contracting_dims:
         return "the model has no product for it in quantised form"
     mapping, shape = source.mapping(name), weight.get_raw_value().shape
-    first, inputs = len(shape) - weight.inputs, mapping.shape[-1]
+    first, inputs = len(shape) - weight.contracting_dims, mapping.shape[-1]
     if math.prod(shape[first:]) != inputs:
         return "its matrices are not stored by outputs and inputs"
     block = column_block(layout)

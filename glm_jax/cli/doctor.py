@@ -1,4 +1,4 @@
-"""Check this machine, and with --model a checkpoint: versions, devices, the chosen kernels, what the files lack.
+"""Check this machine, and with --model a checkpoint: versions, devices, the chosen operations, what the files lack.
 
 A warning limits what can be done (a checkpoint without a tokenizer still continues token ids); an error stops it. With
 an error the exit status is 1.
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
 PREFILL_TOKENS = 4096
+PLATFORMS = ("cpu", "gpu", "tpu")
 OK, WARNING, ERROR = "ok", "warning", "error"
 
 
@@ -60,7 +61,7 @@ def run(flags: absl_flags.FlagValues) -> dict[str, Any]:
         "processes": _processes(devices),
         "devices": devices,
         "host_memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "experts": chosen_experts(config),
+        "operations": chosen_operations(config),
         "checks": checks,
     }
     if flags.compare is not None:
@@ -111,18 +112,19 @@ def _processes(devices: list[dict[str, Any]]) -> dict[str, Any]:
     return {**dataclasses.asdict(running), "local_devices": own, "global_devices": len(devices)}
 
 
-def chosen_experts(config: ModelConfig) -> dict[str, dict[str, str]]:
-    """The implementation of the routed experts by platform, for one token and for a long prompt on one device."""
-    from glm_jax.layers.experts import choose
+def chosen_operations(config: ModelConfig) -> dict[str, dict[str, str]]:
+    """The implementation of each operation by platform; of the routed experts for one token and for a long prompt."""
+    from glm_jax.kernels import Load, ops_for_platform
 
-    moe = config.moe
-    return {
-        name: {
-            "decode": choose(name, 1, moe, config.embed_dim, held=moe.num_experts, fresh=False),
-            "prefill": choose(name, PREFILL_TOKENS, moe, config.embed_dim, held=moe.num_experts),
+    moe, found = config.moe, {}
+    for name in PLATFORMS:
+        ops = ops_for_platform(name)
+        loads = {
+            phase: Load(tokens, moe.num_experts_per_token, moe.num_experts, moe.num_experts)
+            for phase, tokens in (("decode", 1), ("prefill", PREFILL_TOKENS))
         }
-        for name in ("cpu", "gpu", "tpu")
-    }
+        found[name] = ops.to_json() | {f"experts, {phase}": ops.experts_for(loads[phase]).name for phase in loads}
+    return found
 
 
 def check_checkpoint(directory: str) -> tuple[list[dict[str, str]], doctor_compare.Source | None]:
@@ -204,7 +206,7 @@ def _print(result: dict[str, Any]) -> None:
     print(f"\nhost memory {printing.format_bytes(result['host_memory_bytes'])}")
     processes = result["processes"]
     if processes["count"] > 1:
-        where = f"found by {processes['found']}, coordinator {processes['coordinator']}"
+        where = f"found by {processes['detected_by']}, coordinator {processes['coordinator']}"
         print(f"process {processes['index']} of {processes['count']} ({where})")
     for device in result["devices"]:
         memory = device["memory_bytes"]
@@ -212,11 +214,11 @@ def _print(result: dict[str, Any]) -> None:
         if device["process"] != processes["index"]:
             size = f"known to process {device['process']}"
         print(f"device {device['id']}: {device['kind']} ({device['platform']}), memory {size}")
-    print("\nexperts, by platform")
-    rows = []
-    for name, by_phase in result["experts"].items():
-        rows.append((name, *(f"{phase} {chosen}" for phase, chosen in by_phase.items())))
-    print(printing.columns(rows, indent="  "))
+    print("\noperations, by platform")
+    names = list(result["operations"][PLATFORMS[0]])
+    table = [("", *PLATFORMS)]
+    table += [(name, *(result["operations"][each][name] for each in PLATFORMS)) for name in names]
+    print(printing.columns(table, indent="  "))
     if result.get("comparison") is not None:
         doctor_compare.print_places(result["comparison"])
     print()

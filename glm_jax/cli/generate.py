@@ -78,6 +78,7 @@ def run(flags: absl_flags.FlagValues) -> dict[str, Any]:
         "warm": warm,
         "mesh": describe(model.mesh),
         "dtype": model.weights_dtype.name,
+        "operations": model.ops.to_json(),
     }
     return result if tokenizer is None else {**result, "text": text}
 

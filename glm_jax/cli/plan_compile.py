@@ -122,7 +122,8 @@ def run(flags: absl_flags.FlagValues, plan: Plan, chosen: Chosen) -> dict[str, A
 
 def _entry(flags: absl_flags.FlagValues, plan: Plan) -> MeshPlan:
     """The mesh of --mesh, or the first."""
-    from glm_jax.sharding import describe, mesh_sizes
+    from glm_jax.sharding import describe
+    from glm_jax.sharding.mesh import mesh_sizes
 
     if flags.mesh is None:
         if not plan.meshes or not plan.meshes[0].fits:

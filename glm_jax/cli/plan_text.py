@@ -112,7 +112,7 @@ def _show_rest(count: int) -> None:
 
 
 def _rules(plan: Plan) -> str:
-    from glm_jax.sharding import name_of
+    from glm_jax.sharding.presets import name_of
 
     return name_of(plan.job.rules) or "of its own"
 

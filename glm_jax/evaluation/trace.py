@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glm_jax.layers.step import Kernels, Step
+from glm_jax.layers.context import ForwardContext
 from glm_jax.model import Output, Transformer, stack
 from glm_jax.model.decoder_layer import DecoderLayer, MtpLayer
 from glm_jax.model.transformer import check_tokens, forward
@@ -67,18 +67,18 @@ def trace(model: Transformer, tokens: Any, *, mtp: bool = False, given: Trace | 
     with jax.set_mesh(model.mesh):
         ids = jax.device_put(tokens, placing)
         x = record(EMBEDDING, _embed(model, ids))
-        step = _step(model, ids)
+        context = _context(model, ids)
         number = 0
         for group in (model.dense, model.moe):
             for layer in stack.layers(group):
-                x = record(layer_name(number), *_run_layer(layer, x, step))
+                x = record(layer_name(number), *_run_layer(layer, x, context))
                 number += 1
         x = record(FINAL_NORM, _final_norm(model, x))
         if mtp and tokens.shape[1] > 1:
             assert model.mtp is not None
             embedded = recorded.stream[EMBEDDING] if given is None else given.stream[EMBEDDING]
             after = jax.device_put(jnp.asarray(embedded[:, 1:], model.dtype), placing)
-            record(MTP, *_run_mtp(model.mtp, after, x[:, :-1], _step(model, ids[:, :-1])))
+            record(MTP, *_run_mtp(model.mtp, after, x[:, :-1], _context(model, ids[:, :-1])))
     return recorded
 
 
@@ -120,21 +120,21 @@ def first_attention(model: Transformer, given: np.ndarray, *, interleaved: bool)
     """What the first layer's attention makes of the stream `given` [B, T, D], with either order of rotary pairs."""
     placing = batch_sharding(given.shape[0], model.mesh, model.rules)
     with jax.set_mesh(model.mesh):
-        step = _step(model, jax.device_put(np.zeros(given.shape[:2], np.int32), placing))
-        step = dataclasses.replace(step, rotation=dataclasses.replace(step.rotation, interleaved=interleaved))
+        context = _context(model, jax.device_put(np.zeros(given.shape[:2], np.int32), placing))
+        context = dataclasses.replace(context, rotation=dataclasses.replace(context.rotation, interleaved=interleaved))
         layer = next(layer for group in (model.dense, model.moe) for layer in stack.layers(group))
         x = jax.device_put(jnp.asarray(given, model.dtype), placing)
-        return np.asarray(_attend(layer, x, step).astype(jnp.float32))
+        return np.asarray(_attend(layer, x, context).astype(jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnames=("mtp",))
 def _forward(model: Transformer, tokens: jax.Array, *, mtp: bool) -> Output:
-    return forward(model, tokens, mtp=mtp, kernels=Kernels(), routing=True)
+    return forward(model, tokens, mtp=mtp, routing=True)
 
 
-def _step(model: Transformer, tokens: jax.Array) -> Step:
+def _context(model: Transformer, tokens: jax.Array) -> ForwardContext:
     positions = jnp.zeros_like(tokens) + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    return model.step(positions, fresh=True, kernels=Kernels())
+    return model.context(positions, prefill=True)
 
 
 @jax.jit
@@ -143,8 +143,8 @@ def _embed(model: Transformer, tokens: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _run_layer(layer: DecoderLayer, x: jax.Array, step: Step) -> tuple[jax.Array, jax.Array | None]:
-    x, _, experts = layer(x, step, None, None)
+def _run_layer(layer: DecoderLayer, x: jax.Array, context: ForwardContext) -> tuple[jax.Array, jax.Array | None]:
+    x, _, experts = layer(x, context, None, None)
     return x, experts
 
 
@@ -154,11 +154,13 @@ def _final_norm(model: Transformer, x: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _run_mtp(layer: MtpLayer, embedded: jax.Array, hidden: jax.Array, step: Step) -> tuple[jax.Array, jax.Array | None]:
-    x, _, experts = layer(embedded, hidden, step, None)
+def _run_mtp(
+    layer: MtpLayer, embedded: jax.Array, hidden: jax.Array, context: ForwardContext
+) -> tuple[jax.Array, jax.Array | None]:
+    x, _, experts = layer(embedded, hidden, context, None)
     return x, experts
 
 
 @jax.jit
-def _attend(layer: DecoderLayer, x: jax.Array, step: Step) -> jax.Array:
-    return layer.attention(layer.attention_norm(x), step, None, None)[0]
+def _attend(layer: DecoderLayer, x: jax.Array, context: ForwardContext) -> jax.Array:
+    return layer.attention(layer.attention_norm(x), context, None, None)[0]

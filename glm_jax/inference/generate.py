@@ -12,7 +12,7 @@ from glm_jax.inference.config import Sampling, check_prompts, check_speculative,
 from glm_jax.inference.runner import Runner
 from glm_jax.inference.sampling import Sampler
 from glm_jax.inference.speculative import Speculator
-from glm_jax.layers.step import Kernels
+from glm_jax.kernels import Ops
 from glm_jax.model import Transformer
 from glm_jax.sharding.host_arrays import to_host
 
@@ -92,7 +92,7 @@ def stream(
     sampling: Sampling,
     *,
     steps_per_call: int | None = None,
-    kernels: Kernels | None = None,
+    ops: Ops | None = None,
 ) -> Stream:
     """The new tokens of each prompt as they come, the first after the prefill, then after every few steps.
 
@@ -101,9 +101,9 @@ def stream(
         prompts: token ids, of any lengths; they run as one batch.
         sampling: how tokens are chosen, and when a sequence ends.
         steps_per_call: decode steps that are one program, whose tokens come together; with speculation as many rounds
-            as may give that many. By default one on a CPU, or two rounds of a small model, and 16 elsewhere. On a CPU
-            more make small models faster (the bundled one 1.8 times with 4), and large ones slower.
-        kernels: of the layers; by default what suits the platform.
+            as may give that many. By default one on a CPU and 16 elsewhere. On a CPU more make small models faster, and
+            large ones slower.
+        ops: the operations to use; by default the model's own.
 
     Raises:
         InputError: a prompt or a setting is not possible; at once, not at the first token.
@@ -114,9 +114,9 @@ def stream(
     if not checked:
         return Stream(iter(()), sampling.speculative)
     if sampling.speculative:
-        speculator = Speculator(model, sampling.speculative, kernels=kernels, steps_per_call=steps)
+        speculator = Speculator(model, sampling.speculative, ops=ops, steps_per_call=steps)
         return Stream(_speculate(speculator, checked, sampling), sampling.speculative)
-    return Stream(_decode(Runner(model, kernels=kernels, steps_per_call=steps), checked, sampling), 0)
+    return Stream(_decode(Runner(model, ops=ops, steps_per_call=steps), checked, sampling), 0)
 
 
 def bucket(length: int, limit: int) -> int:
@@ -128,14 +128,14 @@ def _decode(
     runner: Runner, prompts: list[list[int]], sampling: Sampling
 ) -> Iterator[tuple[list[list[int]], Acceptance]]:
     """Prefill, then calls of decode steps."""
-    sampler, nothing, pace = Sampler.create(sampling), Acceptance.none(0), runner.pace
+    sampler, nothing = Sampler.create(sampling), Acceptance.none(0)
     sequences = [_Sequence(sampling) for _ in prompts]
     state = runner.prefill(prompts, sampler, **_lengths(runner.model, prompts, sampling))
     yield [s.take([token]) for s, token in zip(sequences, to_host(state.tokens), strict=True)], nothing
     in_flight: collections.deque[list[jax.Array]] = collections.deque()
     while left := max(sequence.left for sequence in sequences):
-        while len(in_flight) < pace.in_flight and len(in_flight) * pace.steps < left:
-            state, started = runner.start(state, sampler, steps=pace.steps)
+        while len(in_flight) < runner.max_in_flight and len(in_flight) * runner.steps_per_call < left:
+            state, started = runner.start(state, sampler, steps=runner.steps_per_call)
             in_flight.append(started)
         tokens = runner.fetch(in_flight.popleft())
         yield [sequence.take(tokens[:, row]) for row, sequence in enumerate(sequences)], nothing
@@ -145,7 +145,7 @@ def _speculate(
     speculator: Speculator, prompts: list[list[int]], sampling: Sampling
 ) -> Iterator[tuple[list[list[int]], Acceptance]]:
     """Prefill, then calls of rounds."""
-    drafts, pace = speculator.drafts, speculator.pace(len(prompts))
+    drafts, rounds = speculator.drafts, speculator.rounds_per_call
     sequences = [_Sequence(sampling) for _ in prompts]
     state = speculator.prefill(prompts, **_lengths(speculator.model, prompts, sampling))
     first = to_host(state.tokens)
@@ -153,8 +153,8 @@ def _speculate(
     in_flight: collections.deque[list[jax.Array]] = collections.deque()
     while left := max(sequence.left for sequence in sequences):
         # Those on their way count for all that they can give: most do.
-        while len(in_flight) < pace.in_flight and len(in_flight) * pace.steps * (drafts + 1) < left:
-            state, started = speculator.start(state, rounds=pace.steps)
+        while len(in_flight) < speculator.max_in_flight and len(in_flight) * rounds * (drafts + 1) < left:
+            state, started = speculator.start(state, rounds=rounds)
             in_flight.append(started)
         chosen, accepted = speculator.fetch(in_flight.popleft())
         new: list[list[int]] = [[] for _ in sequences]
@@ -186,6 +186,6 @@ class _Sequence:
 
 
 def _lengths(model: Transformer, prompts: list[list[int]], sampling: Sampling) -> dict[str, int]:
-    """The padded length of the prompts, and the rows of the cache."""
+    """The padded length of the prompts, and the length of the cache."""
     limit, longest = model.config.max_positions, max(map(len, prompts))
-    return {"padded_length": bucket(longest, limit), "room": bucket(longest + sampling.max_new_tokens, limit)}
+    return {"padded_length": bucket(longest, limit), "cache_length": bucket(longest + sampling.max_new_tokens, limit)}

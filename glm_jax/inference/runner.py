@@ -1,7 +1,7 @@
 """The compiled programs of generation: prefill of padded prompts, and decode steps.
 
 Prompts are padded on the right to a common bucket. What padding writes into the cache is never seen: a query sees the
-rows up to its own position only, and decoding overwrites them one by one.
+tokens up to its own position only, and decoding overwrites the padding one by one.
 
 A model of many unrolled layers is a tree of thousands of nodes. The runner flattens it once and hands the compiled
 programs the flat list, so that a decode step does not walk the tree.
@@ -9,31 +9,25 @@ programs the flat list, so that a decode step does not walk the tree.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from glm_jax.inference.sampling import Sampler
-from glm_jax.inference.turned import Forms
-from glm_jax.layers.step import Kernels
+from glm_jax.kernels import Ops
 from glm_jax.model import Cache, Transformer, abstract_cache, create_cache
-from glm_jax.sharding import batch_sharding, take_position
+from glm_jax.sharding import batch_sharding, select_token
 from glm_jax.sharding.host_arrays import to_devices, to_host
-
-STEPS_PER_CALL = 16  # elsewhere than on a CPU
-CPU_IN_FLIGHT = 4  # single steps: enough to hide what happens between them
 
 
 class DecodeState(NamedTuple):
     """Where a batch of sequences stands.
 
     Attributes:
-        cache: rows of all tokens before `positions`.
+        cache: of all tokens before `positions`.
         tokens: int32 [B], the newest token of each sequence, not yet in the cache.
         positions: int32 [B], its position.
     """
@@ -44,24 +38,31 @@ class DecodeState(NamedTuple):
 
 
 class Runner:
-    """Runs one model's compiled programs on its mesh. The only part of generation that touches arrays."""
+    """Runs one model's compiled programs on its mesh. The only part of generation that touches arrays.
 
-    def __init__(
-        self, model: Transformer, *, kernels: Kernels | None = None, steps_per_call: int | None = None
-    ) -> None:
-        """`steps_per_call` is by default what suits the platform."""
+    Attributes:
+        model: on its mesh.
+        steps_per_call: decode steps that are one program, by whose end their tokens come.
+        max_in_flight: calls on their way while the tokens of the first are read. What runs on behind a stop token is
+            wasted, so that calls of many steps go one at a time.
+    """
+
+    def __init__(self, model: Transformer, *, ops: Ops | None = None, steps_per_call: int | None = None) -> None:
+        """`ops` are by default the model's own, and `steps_per_call` is what suits them."""
+        ops = model.ops if ops is None else ops
         self.model = model
-        self.mesh = model.mesh
-        self._forms = Forms(model, functools.partial(_programs, kernels=kernels or Kernels()))
-        self.pace = Pace.of(self.mesh, steps_per_call)
+        self.steps_per_call, self.max_in_flight = pace(ops, steps_per_call)
+        self._leaves, structure = jax.tree.flatten(model)
+        self._programs = _programs(structure, ops)
 
-    def prefill(self, prompts: list[list[int]], sampler: Sampler, *, padded_length: int, room: int) -> DecodeState:
-        """Run prompts, padded to a common length, into a new cache of `room` rows and choose their first tokens."""
+    def prefill(
+        self, prompts: list[list[int]], sampler: Sampler, *, padded_length: int, cache_length: int
+    ) -> DecodeState:
+        """Run prompts, padded to a common length, into a new cache and choose their first tokens."""
         placed = place_prompts(self.model, prompts, padded_length)
-        with jax.set_mesh(self.mesh):
-            cache = create_cache(self.model, len(prompts), room)
-            leaves, programs = self._forms.plain
-            return programs.prefill(leaves, *placed, cache, sampler)
+        with jax.set_mesh(self.model.mesh):
+            cache = create_cache(self.model, len(prompts), cache_length)
+            return self._programs.prefill(self._leaves, *placed, cache, sampler)
 
     def decode(self, state: DecodeState, sampler: Sampler, *, steps: int) -> tuple[DecodeState, np.ndarray]:
         """Take `steps` decode steps; returns the new state and the new tokens int32 [steps, B]. Donates the state."""
@@ -70,14 +71,13 @@ class Runner:
 
     def start(self, state: DecodeState, sampler: Sampler, *, steps: int) -> tuple[DecodeState, list[jax.Array]]:
         """As `decode`, but without waiting for the tokens: `fetch` makes them an array."""
-        leaves, programs = self._forms.of(state.tokens.size)
-        with jax.set_mesh(self.mesh):
-            if self.pace.steps > 1:
-                after, tokens = programs.decode(leaves, *state, sampler, steps)
+        with jax.set_mesh(self.model.mesh):
+            if self.steps_per_call > 1:
+                after, tokens = self._programs.decode(self._leaves, *state, sampler, steps)
                 return DecodeState(*after), [tokens]
             taken = []
             for _ in range(steps):
-                state = DecodeState(*programs.decode_one(leaves, *state, sampler))
+                state = DecodeState(*self._programs.decode_one(self._leaves, *state, sampler))
                 taken.append(state.tokens)
             return state, taken
 
@@ -85,47 +85,30 @@ class Runner:
         """The tokens of steps that were started, int32 [steps, B]."""
         return np.concatenate([np.atleast_2d(to_host(each)) for each in tokens])
 
-    def lower_prefill(self, batch: int, sampler: Sampler, *, padded_length: int, room: int) -> Any:
+    def lower_prefill(self, batch: int, sampler: Sampler, *, padded_length: int, cache_length: int) -> Any:
         """What `prefill` compiles for so many prompts, lowered; the model may be abstract."""
         tokens, lengths = abstract_prompts(self.model, batch, padded_length)
-        leaves, programs = self._forms.plain
-        with jax.set_mesh(self.mesh):
-            cache = abstract_cache(self.model, batch, room)
-            return programs.prefill.lower(leaves, tokens, lengths, cache, sampler)
+        with jax.set_mesh(self.model.mesh):
+            cache = abstract_cache(self.model, batch, cache_length)
+            return self._programs.prefill.lower(self._leaves, tokens, lengths, cache, sampler)
 
-    def lower_decode(self, batch: int, sampler: Sampler, *, room: int) -> Any:
+    def lower_decode(self, batch: int, sampler: Sampler, *, cache_length: int) -> Any:
         """What a call of decoding compiles for so many sequences, lowered; the model may be abstract."""
-        _, each = abstract_prompts(self.model, batch, room)
-        leaves, programs = self._forms.plain
-        with jax.set_mesh(self.mesh):
-            cache = abstract_cache(self.model, batch, room)
-            if self.pace.steps > 1:
-                return programs.decode.lower(leaves, cache, each, each, sampler, self.pace.steps)
-            return programs.decode_one.lower(leaves, cache, each, each, sampler)
+        _, each = abstract_prompts(self.model, batch, cache_length)
+        with jax.set_mesh(self.model.mesh):
+            cache = abstract_cache(self.model, batch, cache_length)
+            if self.steps_per_call > 1:
+                return self._programs.decode.lower(self._leaves, cache, each, each, sampler, self.steps_per_call)
+            return self._programs.decode_one.lower(self._leaves, cache, each, each, sampler)
 
 
-@dataclasses.dataclass(frozen=True)
-class Pace:
-    """How many steps are taken.
+def pace(ops: Ops, steps_per_call: int | None) -> tuple[int, int]:
+    """Steps a call, the platform's or the caller's, and calls in flight.
 
-    Attributes:
-        steps: of decoding, or rounds of speculation, that are one program, by whose end their tokens come. Together
-            they start fewer programs; on a CPU XLA runs what is in a loop part by part, so that only a small model
-            gains by it.
-        in_flight: calls that are on their way while the results of the first are looked at. What runs on behind a stop
-            token is wasted: elsewhere than on a CPU, where calls are of many steps, they go one at a time.
+    On a platform of single steps so many calls are in flight as have its number of steps, at least two; on others one.
     """
-
-    steps: int
-    in_flight: int
-
-    @classmethod
-    def of(cls, mesh: Mesh, steps: int | None = None) -> Pace:
-        """What suits a mesh's platform; `steps` where the caller knows better."""
-        if mesh.devices.flat[0].platform != "cpu":
-            return cls(steps or STEPS_PER_CALL, 1)
-        steps = steps or 1
-        return cls(steps, max(2, CPU_IN_FLIGHT // steps))
+    steps = steps_per_call or ops.steps_per_call
+    return steps, max(2, ops.max_in_flight // steps) if ops.max_in_flight > 1 else 1
 
 
 def abstract_prompts(model: Transformer, batch: int, length: int) -> tuple[Any, Any]:
@@ -163,9 +146,9 @@ class Programs(NamedTuple):
 
 
 @functools.lru_cache(maxsize=16)
-def _programs(structure: Any, kernels: Kernels) -> Programs:
+def _programs(structure: Any, ops: Ops) -> Programs:
     """The jitted programs of models of one structure; shapes are left to jit's own cache."""
-    plain = programs(structure, kernels)
+    plain = programs(structure, ops)
     return Programs(
         prefill=jax.jit(plain.prefill, donate_argnums=3),
         decode=jax.jit(plain.decode, static_argnums=5, donate_argnums=1),
@@ -173,22 +156,23 @@ def _programs(structure: Any, kernels: Kernels) -> Programs:
     )
 
 
-def programs(structure: Any, kernels: Kernels) -> Programs:
+def programs(structure: Any, ops: Ops) -> Programs:
     """The programs of models of one structure, as functions to compile."""
 
     def prefill(leaves, tokens, lengths, cache, sampler):
         model = jax.tree.unflatten(structure, leaves)
         positions = jnp.zeros_like(tokens) + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        step = model.step(positions, fresh=True, kernels=kernels)
-        hidden, cache, _ = model.hidden_states(tokens, step=step, cache=cache)
-        last = take_position(hidden, lengths - 1)
-        return DecodeState(cache, sampler(model.logits(last)[:, 0], lengths), lengths)
+        context = model.context(positions, prefill=True, ops=ops)
+        hidden, cache, _ = model.hidden_states(tokens, context=context, cache=cache)
+        logits = model.logits(select_token(hidden, lengths - 1), ops=ops)
+        return DecodeState(cache, sampler(logits[:, 0], lengths, argmax=ops.argmax), lengths)
 
     def decode_one(leaves, cache, tokens, positions, sampler):
         model = jax.tree.unflatten(structure, leaves)
-        step = model.step(positions[:, None], fresh=False, kernels=kernels)
-        hidden, cache, _ = model.hidden_states(tokens[:, None], step=step, cache=cache)
-        return cache, sampler(model.logits(hidden)[:, 0], positions + 1), positions + 1
+        context = model.context(positions[:, None], prefill=False, ops=ops)
+        hidden, cache, _ = model.hidden_states(tokens[:, None], context=context, cache=cache)
+        logits = model.logits(hidden, ops=ops)
+        return cache, sampler(logits[:, 0], positions + 1, argmax=ops.argmax), positions + 1
 
     def decode(leaves, cache, tokens, positions, sampler, steps):
         def body(state, _):

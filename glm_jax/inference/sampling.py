@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from glm_jax.inference.config import Sampling
-from glm_jax.sharding import axes_of, platform, spec_of
+from glm_jax.sharding import axes_of
+from glm_jax.sharding.rules import spec_of
+
+Argmax = Callable[[jax.Array], jax.Array]
 
 
 @functools.partial(
@@ -44,10 +48,13 @@ class Sampler:
             filtered=sampling.top_k > 0 or sampling.top_p < 1,
         )
 
-    def __call__(self, logits: jax.Array, positions: jax.Array) -> jax.Array:
-        """Choose tokens int32 [B] from float32 logits [B, V]; `positions` [B] are those that the tokens will have."""
+    def __call__(self, logits: jax.Array, positions: jax.Array, *, argmax: Argmax) -> jax.Array:
+        """Choose tokens int32 [B] from float32 logits [B, V]; `positions` [B] are those that the tokens will have.
+
+        `argmax` is the operation of the pass.
+        """
         if self.greedy:
-            return likeliest(logits)
+            return argmax(logits)
         logits = _whole_rows(logits) / self.temperature
         order = None
         if self.filtered:
@@ -55,7 +62,7 @@ class Sampler:
             logits = self._filter(jnp.take_along_axis(logits, order, axis=-1))
         rows = jnp.zeros_like(positions) + jnp.arange(positions.shape[0])
         noise = jax.vmap(lambda row, position: _gumbel(self.key, row, position, logits.shape[-1]))(rows, positions)
-        choice = likeliest(logits + noise)
+        choice = argmax(logits + noise)
         if order is not None:
             chosen = jnp.arange(order.shape[-1]) == choice[:, None]
             choice = jnp.sum(jnp.where(chosen, order, 0), axis=-1)
@@ -68,16 +75,6 @@ class Sampler:
         probabilities = jax.nn.softmax(jnp.where(in_top_k, logits, -jnp.inf), axis=-1)
         reached_before = jnp.cumsum(probabilities, axis=-1) - probabilities
         return jnp.where(in_top_k & (reached_before < self.top_p), logits, -jnp.inf)
-
-
-def likeliest(logits: jax.Array) -> jax.Array:
-    """The first of the highest of logits [..., V], int32 [...]."""
-    if platform() != "cpu":
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    # XLA's CPU backend finds the place of a maximum one number after the other; a maximum alone, in vectors.
-    size = logits.shape[-1]
-    places = jnp.where(logits == jnp.max(logits, axis=-1, keepdims=True), jnp.arange(size, dtype=jnp.int32), size)
-    return jnp.minimum(jnp.min(places, axis=-1), size - 1)  # where all are NaN none is found
 
 
 def _gumbel(key: jax.Array, row: jax.Array, position: jax.Array, size: int) -> jax.Array:

@@ -3,7 +3,7 @@
 Keys and values of all heads are projections of one latent vector a token; only it, and one rotated key that all heads
 share, is cached. There are two forms of the same arithmetic:
 
-    expanded  keys and values of each head are made of the latent vectors: for prompts and training
+    expanded  keys and values of each head are projected from the latent vectors: for prompts and training
     absorbed  the projections move to the queries and to the result, so that attention runs over the latent vectors
               as they are cached, as over one key and value head: for decode
 
@@ -18,14 +18,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from glm_jax.configs import MlaConfig
+from glm_jax.kernels.quantized import absorb_into_query, expand_values
 from glm_jax.layers.attention_core import attend
+from glm_jax.layers.context import ForwardContext
 from glm_jax.layers.kv_cache import LatentCache, Zeros
-from glm_jax.layers.linear import precision_of, project, project_reduce
+from glm_jax.layers.linear import project
 from glm_jax.layers.norm import RmsNorm
-from glm_jax.layers.quantized import contract_outputs, weight_einsum
 from glm_jax.layers.rope import rotate
-from glm_jax.layers.step import Step
-from glm_jax.sharding import Normal, QuantizedArray, WeightArray, declare, take_position, whole
+from glm_jax.sharding import Normal, all_gather_dim, declare, select_token
 
 
 class MlaAttention(nnx.Module):
@@ -38,8 +38,8 @@ class MlaAttention(nnx.Module):
     def __init__(self, config: MlaConfig, embed_dim: int, *, initializer_range: float):
         heads, rank, q_rank = config.num_heads, config.kv_rank, config.q_rank
 
-        def matrix(shape: tuple[int, ...], *axes: str, inputs: int = 1) -> nnx.Param:
-            return declare(shape, axes, initializer=Normal(initializer_range), inputs=inputs)
+        def matrix(shape: tuple[int, ...], *axes: str, contracting_dims: int = 1) -> nnx.Param:
+            return declare(shape, axes, initializer=Normal(initializer_range), contracting_dims=contracting_dims)
 
         def per_head(size: int, inputs: int, axis: str) -> nnx.Param:
             return matrix((heads, size, inputs), "heads", "head_dim", axis)
@@ -52,84 +52,75 @@ class MlaAttention(nnx.Module):
         self.kv_a = matrix((config.latent_dim, embed_dim), "rank", "embed")
         self.kv_norm = RmsNorm(rank, eps=config.norm_eps, axis="rank")
         self.kv_b = per_head(config.nope_dim + config.value_dim, rank, "latent")
-        self.o = matrix((embed_dim, heads, config.value_dim), "embed", "heads", "head_dim", inputs=2)
+        self.o = matrix((embed_dim, heads, config.value_dim), "embed", "heads", "head_dim", contracting_dims=2)
 
     def __call__(
         self,
         x: jax.Array,
-        step: Step,
+        context: ForwardContext,
         cache: LatentCache | None,
         layer: jax.Array | None,
         *,
-        only: jax.Array | None = None,
+        query_index: jax.Array | None = None,
     ) -> tuple[jax.Array, LatentCache | None]:
-        """Attention of x [B, T, D] over its own sequences; returns [B, T, D] and the cache with the new rows.
+        """Attention of x [B, T, D] over its own sequences; returns [B, T, D] and the cache with the new tokens.
 
-        With `only`, one row [B] of each sequence, that one alone asks: [B, 1, D].
+        With a `query_index` [B], only that token of each sequence is a query: [B, 1, D].
         """
-        asking = step.only(only)
-        q = self._queries(x if only is None else take_position(x, only), asking)
-        rows = whole(self._latent(x, step), 1)  # each query needs those of all devices that share its sequence
+        query_pass = context.select(query_index)
+        q = self._queries(x if query_index is None else select_token(x, query_index), query_pass)
+        # Each query needs the latent vectors of all devices that share its sequence.
+        latent = all_gather_dim(self._latent(x, context), 1)
         if cache is not None:
-            cache = cache.write(rows, step.positions, layer)
-        if not step.fresh:
+            cache = cache.write(latent, context.positions, layer)
+        if not context.prefill:
             assert cache is not None, "a pass that continues sequences needs their cache"
-            rows = cache.read(layer).astype(x.dtype)
-        form = self._expanded if asking.fresh or self._expanding_pays(q.shape[1]) else self._absorbed
-        return project_reduce(form(q, rows, asking), self.o[...]), cache
+            latent = cache.read(layer).astype(x.dtype)
+        form = self._expanded if query_pass.prefill or self._expanding_pays(q.shape[1]) else self._absorbed
+        return project(form(q, latent, query_pass), self.o[...], context.ops, row_parallel=True), cache
 
     def empty_cache(self, zeros: Zeros, *, batch: int, length: int) -> LatentCache:
-        """A cache of `length` rows a sequence. No dimension is one of heads: tensor parallelism replicates it."""
+        """A cache of `length` tokens a sequence. No dimension is one of heads: tensor parallelism replicates it."""
         return LatentCache(zeros((batch, 1, length, self.config.latent_dim), ("batch", None, "length", "latent")))
 
-    def _queries(self, x: jax.Array, step: Step) -> jax.Array:
+    def _queries(self, x: jax.Array, context: ForwardContext) -> jax.Array:
         """The queries [B, T, N, qk] of x [B, T, D], their last values rotated."""
         if self.q is not None:
-            q = project(x, self.q[...])
+            q = project(x, self.q[...], context.ops)
         else:
             assert self.q_a is not None and self.q_norm is not None and self.q_b is not None
-            q = project(self.q_norm(project(x, self.q_a[...])), self.q_b[...])
+            q = project(self.q_norm(project(x, self.q_a[...], context.ops)), self.q_b[...], context.ops)
         nope = self.config.nope_dim
-        return jnp.concatenate([q[..., :nope], rotate(q[..., nope:], step.rotation)], axis=-1)
+        return jnp.concatenate([q[..., :nope], rotate(q[..., nope:], context.rotation)], axis=-1)
 
-    def _latent(self, x: jax.Array, step: Step) -> jax.Array:
+    def _latent(self, x: jax.Array, context: ForwardContext) -> jax.Array:
         """What is cached of x [B, T, D]: the normalised latent vector and the rotated key, [B, T, C]."""
-        both, rank = project(x, self.kv_a[...]), self.config.kv_rank
-        key = rotate(both[:, :, None, rank:], step.rotation)[:, :, 0]
+        both, rank = project(x, self.kv_a[...], context.ops), self.config.kv_rank
+        key = rotate(both[:, :, None, rank:], context.rotation)[:, :, 0]
         return jnp.concatenate([self.kv_norm(both[..., :rank]), key], axis=-1)
 
-    def _expanded(self, q: jax.Array, rows: jax.Array, step: Step) -> jax.Array:
-        """Attention of q [B, T, N, qk] over the keys and values made of rows [B, S, C]: [B, T, N, value]."""
+    def _expanded(self, q: jax.Array, latent: jax.Array, context: ForwardContext) -> jax.Array:
+        """Attention of q [B, T, N, qk] over keys and values expanded from latent [B, S, C]: [B, T, N, value]."""
         config = self.config
-        made = project(rows[..., : config.kv_rank], self.kv_b[...])
+        expanded = project(latent[..., : config.kv_rank], self.kv_b[...], context.ops)
         # The shared key for every head, laid out as the heads are.
-        shared = rows[:, :, None, config.kv_rank : config.latent_dim] + jnp.zeros_like(made[..., :1])
-        keys = jnp.concatenate([made[..., : config.nope_dim], shared], axis=-1)
-        values = made[..., config.nope_dim :]
-        keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)
-        return attend(q, keys, values, last_key=step.positions, scale=config.softmax_scale, fresh=step.fresh)
+        shared = latent[:, :, None, config.kv_rank : config.latent_dim] + jnp.zeros_like(expanded[..., :1])
+        keys = jnp.concatenate([expanded[..., : config.nope_dim], shared], axis=-1)
+        values = expanded[..., config.nope_dim :]
+        return attend(q, keys.swapaxes(1, 2), values.swapaxes(1, 2), context, scale=config.softmax_scale)
 
-    def _absorbed(self, q: jax.Array, rows: jax.Array, step: Step) -> jax.Array:
-        """The same, over the rows [B, S, C] themselves."""
-        config = self.config
-        weight: WeightArray = self.kv_b[...]
-        nope, rank, precision = config.nope_dim, config.kv_rank, precision_of(q.dtype)
-        q_nope, of_keys, of_values = q[..., :nope], weight[:, :nope], weight[:, nope:]
-        if isinstance(weight, QuantizedArray) and not weight.bits:
-            # Parts of narrow values a GPU would widen and cut out before the product, as a copy of the weight. The
-            # whole it widens as it is read; the zeros and the results of the other part cost nothing beside that.
-            of_keys = of_values = weight
-            q_nope = jnp.pad(q_nope, [(0, 0), (0, 0), (0, 0), (0, config.value_dim)])
-        latent_q = contract_outputs(q_nope, of_keys, precision=precision)
-        unused = rows.shape[-1] - config.latent_dim
-        latent_q = jnp.concatenate([latent_q, q[..., nope:]], axis=-1)
+    def _absorbed(self, q: jax.Array, latent: jax.Array, context: ForwardContext) -> jax.Array:
+        """The same, over latent [B, S, C] itself."""
+        config, weight = self.config, self.kv_b[...]
+        nope, rank = config.nope_dim, config.kv_rank
+        latent_q = jnp.concatenate([absorb_into_query(q[..., :nope], weight, count=nope), q[..., nope:]], axis=-1)
+        unused = latent.shape[-1] - config.latent_dim
         latent_q = jnp.pad(latent_q, [(0, 0), (0, 0), (0, 0), (0, unused)]) if unused else latent_q
-        # The values are the first part of the keys; the rest of the product is left unused rather than the rows cut,
-        # which would copy the cache.
-        one_head = rows[:, None]
-        out = attend(latent_q, one_head, one_head, last_key=step.positions, scale=config.softmax_scale)[..., :rank]
-        out = weight_einsum("btnr,nhr->btnh", out, of_values, precision=precision)
-        return out[..., -config.value_dim :]
+        # The values are the first part of the keys. The rest of the result is left unused: to cut the values out of
+        # the latent vectors would copy the cache.
+        one_head = latent[:, None]
+        out = attend(latent_q, one_head, one_head, context, scale=config.softmax_scale)[..., :rank]
+        return expand_values(out, weight, count=config.value_dim)
 
     def _expanding_pays(self, queries: int) -> bool:
         """Whether making keys and values is less work, for each cached token and head, than what it saves."""

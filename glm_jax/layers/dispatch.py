@@ -28,8 +28,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from glm_jax.errors import InputError
-from glm_jax.layers.experts import Experts, sort_order
-from glm_jax.sharding import QuantizedArray, WeightArray, axes_of, gather_weight, platform, spec_of
+from glm_jax.kernels import Load, Ops
+from glm_jax.kernels.grouped import sort_order
+from glm_jax.sharding import WeightArray, axes_of, local_size
+from glm_jax.sharding.activation import gather_weight
+from glm_jax.sharding.rules import spec_of
 
 GATHER, ALL_TO_ALL, RAGGED = "gather", "all_to_all", "ragged_all_to_all"
 DISPATCHES = (GATHER, ALL_TO_ALL, RAGGED)
@@ -39,15 +42,14 @@ ROW_MULTIPLE = 8  # buffers are whole tiles of so many rows
 
 Rows = tuple[jax.Array, ...]  # tokens, the experts they chose, and their weights
 MeshAxes = tuple[str, ...]
-Run = Callable[[jax.Array, jax.Array], jax.Array]
+Run = Callable[[jax.Array, jax.Array], jax.Array]  # of rows and the expert of each
+Experts = Callable[..., jax.Array]  # of tokens, ids and weights
 Round = Callable[..., jax.Array]
 
 
-def choose_dispatch(platform: str, rows: int, peers: int) -> str:
-    """The way for a platform (`cpu`, `gpu`, `tpu`), the rows of one device's tokens and the devices that share them."""
-    if peers == 1 or rows < MIN_ROWS:
-        return GATHER
-    return ALL_TO_ALL if platform == "cpu" else RAGGED
+def choose_dispatch(exchange: str, rows: int, peers: int) -> str:
+    """The dispatch of `rows` choices of a device's tokens among `peers` devices; `exchange` is the platform's."""
+    return GATHER if peers == 1 or rows < MIN_ROWS else exchange
 
 
 def run_experts(
@@ -57,15 +59,20 @@ def run_experts(
     *,
     gate_up: WeightArray,
     down: WeightArray,
-    experts: Experts,
+    ops: Ops,
     dispatch: str | None = None,
 ) -> jax.Array:
     """Routed experts on x [B, T, D], with ids and weights [B, T, K], gate_up [E, 2, F, D] and down [E, D, F].
 
-    `dispatch` is one of `DISPATCHES`; None leaves it to `choose_dispatch`.
+    `ops` has the implementation of the experts. `dispatch` is one of `DISPATCHES`; None leaves it to `choose_dispatch`.
+
+    Raises:
+        InputError: there is no such dispatch.
     """
     if dispatch not in (None, *DISPATCHES):
         raise InputError(f"dispatch {dispatch!r} is not known; right would be one of {', '.join(DISPATCHES)}")
+    load = Load(x.shape[0] * x.shape[1], ids.shape[2], gate_up.shape[0], local_size(gate_up, 0))
+    experts = ops.experts_for(load)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return _alone(x, ids, weights, (gate_up, down), experts=experts)
@@ -74,25 +81,24 @@ def run_experts(
         alone = functools.partial(_alone, experts=experts)
         return jax.shard_map(alone, out_specs=out_layout, check_vma=False)(x, ids, weights, (gate_up, down))
     sizes = dict(mesh.shape)
-    values, down_values = (w.values if isinstance(w, QuantizedArray) else w for w in (gate_up, down))
     tokens = (*axes_of(x, 0), *axes_of(x, 1))
     layout = _Layout(
-        experts=axes_of(values, 0),
-        width=axes_of(values, 2),
-        shared=tuple(axis for axis in axes_of(values, 0) if axis in tokens),
+        experts=axes_of(gate_up, 0),
+        width=axes_of(gate_up, 2),
+        shared=tuple(axis for axis in axes_of(gate_up, 0) if axis in tokens),
         tokens=tokens,
-        stored=(axes_of(values, 3), axes_of(down_values, 1)),
+        fsdp=(axes_of(gate_up, 3), axes_of(down, 1)),
         sizes=tuple(sizes.items()),
     )
     if dispatch is None:
         rows = ids.size // math.prod(sizes[axis] for axis in tokens)
-        dispatch = choose_dispatch(platform(), rows, layout.peers)
+        dispatch = choose_dispatch(ops.exchange, rows, layout.peers)
     if not layout.shared:
         dispatch = GATHER
 
     def region(x, ids, weights, gate_up, down):
-        gate_up = gather_weight(gate_up, layout.stored[0], dimension=3)
-        down = gather_weight(down, layout.stored[1], dimension=1)
+        gate_up = gather_weight(gate_up, layout.fsdp[0], dimension=3)
+        down = gather_weight(down, layout.fsdp[1], dimension=1)
         local = functools.partial(experts, gate_up_E2FD=gate_up, down_EDF=down)
         # Typed here as differing where the weights do, so that its gradient is summed over these axes as the tokens it
         # belongs to, not as the rows that are sent.
@@ -103,9 +109,7 @@ def run_experts(
         else:
             send = _ragged_round if dispatch == RAGGED else _padded_round
             out = _exchanged(rows, layout, experts=local, weights=(gate_up, down), send=send)
-        return _once(out, [axis for axis in (*layout.stored[0], *layout.stored[1]) if axis not in tokens]).reshape(
-            x.shape
-        )
+        return _once(out, [axis for axis in (*layout.fsdp[0], *layout.fsdp[1]) if axis not in tokens]).reshape(x.shape)
 
     return jax.shard_map(region, out_specs=out_layout)(x, ids, weights, gate_up, down)
 
@@ -122,15 +126,15 @@ def _alone(
 class _Layout:
     """The mesh axes of one layer: of its experts, of their width, of the tokens, and those of both experts and tokens.
 
-    `shared` stands in the order in which the experts are split: a peer's index along it is row-major. `stored` are
-    those along which gate and up, and down, are only kept apart: they are gathered for the products.
+    `shared` stands in the order in which the experts are split: a peer's index along it is row-major. `fsdp` are
+    those along which gate and up, and down, are only stored split: they are gathered for the products.
     """
 
     experts: MeshAxes
     width: MeshAxes
     shared: MeshAxes
     tokens: MeshAxes
-    stored: tuple[MeshAxes, MeshAxes]
+    fsdp: tuple[MeshAxes, MeshAxes]
     sizes: tuple[tuple[str, int], ...]
 
     def devices(self, axes: MeshAxes) -> int:
@@ -172,7 +176,7 @@ def _exchanged(
     most = tokens * min(choices, held)  # a token chooses no expert twice
     even = SLACK * tokens * choices / layout.devices(layout.experts)
     capacity = min(most, ROW_MULTIPLE * math.ceil(even / ROW_MULTIPLE))
-    varying = tuple(dict.fromkeys((*layout.tokens, *layout.experts, *layout.width, *itertools.chain(*layout.stored))))
+    varying = tuple(dict.fromkeys((*layout.tokens, *layout.experts, *layout.width, *itertools.chain(*layout.fsdp))))
 
     def one_round(number: jax.Array | int, total: jax.Array) -> jax.Array:
         first = number * capacity

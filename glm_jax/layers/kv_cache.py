@@ -17,7 +17,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from glm_jax.sharding import axes_of, whole
+from glm_jax.sharding import all_gather_dim, axes_of
 
 Zeros = Callable[[tuple[int, ...], tuple[str | None, ...]], jax.Array]  # an array by its shape and logical axes
 
@@ -82,7 +82,7 @@ LayerCache = KvCache | LatentCache
 
 def _scatter(rows: jax.Array, new: jax.Array, positions: jax.Array, layer: jax.Array | None) -> jax.Array:
     split = axes_of(rows, rows.ndim - 2)
-    new, positions = whole(new, 1), whole(positions, 1)
+    new, positions = all_gather_dim(new, 1), all_gather_dim(positions, 1)
 
     def local(rows: jax.Array, new: jax.Array, positions: jax.Array, layer: jax.Array) -> jax.Array:
         if new[..., 0].size == 1:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
-from glm_jax.layers.linear import project_pair, project_reduce
+from glm_jax.kernels import Ops
+from glm_jax.kernels.reference import swiglu
+from glm_jax.layers.linear import project, project_pair
 from glm_jax.sharding import Normal, declare
 
 
@@ -14,15 +16,10 @@ class Mlp(nnx.Module):
 
     def __init__(self, embed_dim: int, width: int, *, initializer_range: float):
         normal = Normal(initializer_range)
-        self.gate_up = declare((2, width, embed_dim), (None, "mlp", "embed"), initializer=normal, inputs=1)
-        self.down = declare((embed_dim, width), ("embed", "mlp"), initializer=normal, inputs=1)
+        self.gate_up = declare((2, width, embed_dim), (None, "mlp", "embed"), initializer=normal, contracting_dims=1)
+        self.down = declare((embed_dim, width), ("embed", "mlp"), initializer=normal, contracting_dims=1)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, ops: Ops) -> jax.Array:
         """x [B, T, D] -> [B, T, D]."""
-        gate, up = project_pair(x, self.gate_up[...])
-        return project_reduce(swiglu(gate, up), self.down[...])
-
-
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) * up."""
-    return jax.nn.silu(gate) * up
+        gate, up = project_pair(x, self.gate_up[...], ops)
+        return project(swiglu(gate, up), self.down[...], ops, row_parallel=True)

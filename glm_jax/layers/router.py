@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from glm_jax.configs import MoeConfig
+from glm_jax.kernels import Ops
 from glm_jax.layers.linear import project
-from glm_jax.sharding import Constant, Normal, declare, local_call, platform
+from glm_jax.sharding import Constant, Normal, declare
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["ids", "weights", "scores"], meta_fields=[])
@@ -36,32 +37,19 @@ class Router(nnx.Module):
         self.weight = declare((config.num_experts, embed_dim), (None, None), initializer=Normal(initializer_range))
         self.bias = declare((config.num_experts,), (None,), initializer=Constant(0.0), dtype=jnp.float32)
 
-    def __call__(self, x: jax.Array) -> Routing:
+    def __call__(self, x: jax.Array, ops: Ops) -> Routing:
         """Route x [B, T, D]. The bias moves the choice, never the weight; weights sum to `routed_scaling`."""
         config = self.config
-        logits = project(x.astype(jnp.float32), self.weight[...].astype(jnp.float32))
+        logits = project(x.astype(jnp.float32), self.weight[...].astype(jnp.float32), ops)
         scores = jax.nn.sigmoid(logits)
         choice = scores + self.bias[...]
         if config.num_groups > 1:
             choice = _keep_best_groups(choice, config)
-        ids = _best(choice, config.num_experts_per_token)
+        ids = ops.top_k.by_row(jax.lax.stop_gradient(choice), k=config.num_experts_per_token)
         weights = jnp.take_along_axis(scores, ids, axis=-1)
         if config.normalize_weights:
             weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
         return Routing(ids, weights * config.routed_scaling, scores)
-
-
-def _best(choice: jax.Array, count: int) -> jax.Array:
-    """The places of the highest of choice [B, T, E], int32 [B, T, count], the highest first."""
-    if platform() != "cpu":
-        return jax.lax.top_k(choice, count)[1]
-
-    def of_rows(choice: jax.Array) -> jax.Array:
-        # Of a matrix XLA's CPU backend takes the best; of more dimensions it sorts every row.
-        return jax.lax.top_k(choice.reshape(-1, choice.shape[-1]), count)[1].reshape(*choice.shape[:-1], count)
-
-    layout = [(choice, dimension) for dimension in range(choice.ndim)]
-    return local_call(of_rows, jax.lax.stop_gradient(choice), layout=layout)
 
 
 def _keep_best_groups(choice: jax.Array, config: MoeConfig) -> jax.Array:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from glm_jax.model.cache import Cache, abstract_cache, create_cache
+from glm_jax.model.allocate import abstract_cache, create_cache
+from glm_jax.model.cache import Cache
 from glm_jax.model.count import ParameterCounts, count_parameters
 from glm_jax.model.transformer import Output, Transformer
 

@@ -11,14 +11,14 @@ from flax import nnx
 from glm_jax.configs import GqaConfig, MlaConfig, ModelConfig
 from glm_jax.layers.attention_gqa import GqaAttention
 from glm_jax.layers.attention_mla import MlaAttention
+from glm_jax.layers.context import ForwardContext
 from glm_jax.layers.embedding import Embedding, Head
 from glm_jax.layers.kv_cache import LayerCache
-from glm_jax.layers.linear import project_reduce
+from glm_jax.layers.linear import project
 from glm_jax.layers.mlp import Mlp
 from glm_jax.layers.moe import Moe
 from glm_jax.layers.norm import RmsNorm
-from glm_jax.layers.step import Step
-from glm_jax.sharding import Normal, declare, take_position
+from glm_jax.sharding import Normal, declare, select_token
 
 
 class DecoderLayer(nnx.Module):
@@ -35,22 +35,22 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self,
         x: jax.Array,
-        step: Step,
+        context: ForwardContext,
         cache: LayerCache | None,
         layer: jax.Array | None,
         *,
-        only: jax.Array | None = None,
+        query_index: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
         """Run x [B, T, D] through the layer.
 
         `layer` is its index where the cache is that of a stacked group. Returns x [B, T, D], the cache with this
-        pass's rows, and of a MoE layer the experts chosen, int32 [B, T, K]. With `only`, one row [B] of each sequence,
-        the others are but cached: T is then 1 in what is returned.
+        pass's tokens, and of a MoE layer the experts chosen, int32 [B, T, K]. With a `query_index` [B], only that token
+        of each sequence is a query, and the others are only cached: T is then 1 in what is returned.
         """
-        attended, cache = self.attention(self.attention_norm(x), step, cache, layer, only=only)
-        x = (x if only is None else take_position(x, only)) + attended
+        attended, cache = self.attention(self.attention_norm(x), context, cache, layer, query_index=query_index)
+        x = (x if query_index is None else select_token(x, query_index)) + attended
         normal = self.mlp_norm(x)
-        out, ids = (self.mlp(normal), None) if self.mlp is not None else self.moe(normal, step)
+        out, ids = (self.mlp(normal, context.ops), None) if self.mlp is not None else self.moe(normal, context)
         return x + out, cache, ids
 
 
@@ -76,7 +76,7 @@ class MtpLayer(nnx.Module):
         self.embed_norm = RmsNorm(size, eps=config.norm_eps)
         self.hidden_norm = RmsNorm(size, eps=config.norm_eps)
         initializer = Normal(config.initializer_range)
-        self.projection = declare((size, 2 * size), ("embed", None), initializer=initializer, bits=True)
+        self.projection = declare((size, 2 * size), ("embed", None), initializer=initializer, packable=True)
         self.layer = DecoderLayer(config, experts=True)
         self.norm = RmsNorm(size, eps=config.norm_eps)
         self.embedding = Embedding(config) if "embedding" in config.mtp_copies else None
@@ -86,12 +86,13 @@ class MtpLayer(nnx.Module):
         self,
         embedded: jax.Array,
         hidden: jax.Array,
-        step: Step,
+        context: ForwardContext,
         cache: LayerCache | None,
         *,
-        only: jax.Array | None = None,
+        query_index: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
         """Embeddings of the next tokens and hidden states [B, T, D] -> as a layer, normalised for the head."""
         joined = jnp.concatenate([self.embed_norm(embedded), self.hidden_norm(hidden)], axis=-1)
-        x, cache, ids = self.layer(project_reduce(joined, self.projection[...]), step, cache, None, only=only)
+        x = project(joined, self.projection[...], context.ops, row_parallel=True)
+        x, cache, ids = self.layer(x, context, cache, None, query_index=query_index)
         return self.norm(x), cache, ids

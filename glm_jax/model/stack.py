@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from glm_jax.layers.step import Step
+from glm_jax.layers.context import ForwardContext
 from glm_jax.model.decoder_layer import DecoderLayer
 from glm_jax.sharding import map_weights
 
@@ -87,17 +87,19 @@ def _index(leaf: Any, i: int) -> Any:
     return leaf[i]
 
 
-def run(group: Group, x: jax.Array, step: Step, cache: GroupCache) -> tuple[jax.Array, GroupCache, jax.Array | None]:
+def run(
+    group: Group, x: jax.Array, context: ForwardContext, cache: GroupCache
+) -> tuple[jax.Array, GroupCache, jax.Array | None]:
     """Run all layers of a group over x [B, T, D].
 
-    The cache has the group's own form. Returns x, the cache with this pass's rows, and of MoE layers the experts
-    chosen, int32 [L, B, T, K]; what a caller does not use is not computed.
+    The cache has the group's own layout, stacked or unrolled. Returns x, the cache with this pass's tokens, and of MoE
+    layers the experts chosen, int32 [L, B, T, K]; what a caller does not use is not computed.
     """
     if is_stacked(group):
-        return _run_scan(group, x, step, cache)
+        return _run_scan(group, x, context, cache)
     caches = (None,) * len(group) if cache is None else cache
     written, chosen = [], []
-    one_layer = _one_layer(step)
+    one_layer = _one_layer(context)
     for layer, layer_cache in zip(group, caches, strict=True):
         x, layer_cache, ids = one_layer(layer, x, layer_cache, None)
         written.append(layer_cache)
@@ -105,21 +107,21 @@ def run(group: Group, x: jax.Array, step: Step, cache: GroupCache) -> tuple[jax.
     return x, None if cache is None else tuple(written), None if chosen[0] is None else jnp.stack(chosen)
 
 
-def _one_layer(step: Step) -> Any:
+def _one_layer(context: ForwardContext) -> Any:
     """One layer of a pass, as a function of the layer, x, its cache and its index."""
 
     def run(
         layer: DecoderLayer, x: jax.Array, cache: Any, index: jax.Array | None
     ) -> tuple[jax.Array, Any, jax.Array | None]:
-        return layer(x, step, cache, index)
+        return layer(x, context, cache, index)
 
-    return jax.checkpoint(run) if step.remat else run
+    return jax.checkpoint(run) if context.remat else run
 
 
 def _run_scan(
-    group: DecoderLayer, x: jax.Array, step: Step, cache: GroupCache
+    group: DecoderLayer, x: jax.Array, context: ForwardContext, cache: GroupCache
 ) -> tuple[jax.Array, GroupCache, jax.Array | None]:
-    one_layer = _one_layer(step)
+    one_layer = _one_layer(context)
 
     def body(carry, index_and_layer):
         x, cache = carry

@@ -18,29 +18,28 @@ from jax.sharding import Mesh
 
 from glm_jax.configs import ModelConfig
 from glm_jax.errors import InputError
-from glm_jax.layers import embedding as embedding_layer
+from glm_jax.kernels import Ops, ops_for, ops_for_platform
+from glm_jax.layers.context import ForwardContext
 from glm_jax.layers.embedding import Embedding, Head
+from glm_jax.layers.linear import project
 from glm_jax.layers.norm import RmsNorm
 from glm_jax.layers.rope import rotation
-from glm_jax.layers.step import Kernels, Step
 from glm_jax.model import stack
 from glm_jax.model.cache import Cache
 from glm_jax.model.decoder_layer import DecoderLayer, MtpLayer
 from glm_jax.sharding import (
-    QuantizedArray,
+    PackedBfloat16,
     Rules,
-    ahead,
+    all_gather_dim,
     axes_of,
     batch_sharding,
     default_mesh,
-    initial_value,
     map_weights,
-    mesh_of,
-    whole,
-    with_bits,
-    with_dtype,
+    shift_left,
     with_shardings,
 )
+from glm_jax.sharding.rules import mesh_of
+from glm_jax.sharding.weight import initial_value
 
 
 @functools.partial(
@@ -75,6 +74,7 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig):
         self.config = config
         self.rules = Rules()  # of the placement; those of `create` and `load` stand here when the weights have values
+        self.ops = ops_for_platform("reference")  # likewise, those of the mesh
         self.notes: tuple[str, ...] = ()  # what was decided when the weights were loaded, in sentences
         self.embedding = Embedding(config)
         self.dense = _group(config, config.num_dense_layers, experts=False)
@@ -114,7 +114,7 @@ class Transformer(nnx.Module):
         with jax.set_mesh(mesh):
             key = jax.random.key(seed)
             model = map_weights(lambda name, weight: initial_value(name, weight, key), placed)
-        return in_form(model, stacked=platform_stacks(mesh) if stacked is None else stacked)
+        return with_layer_layout(model, stacked=model.ops.stacked_layers if stacked is None else stacked)
 
     @property
     def dtype(self) -> Any:
@@ -125,14 +125,14 @@ class Transformer(nnx.Module):
     def weights_dtype(self) -> Any:
         """The dtype of the weights that are not quantised: bfloat16 on a CPU, too, where activations are float32."""
         value = self.embedding.weight.get_raw_value()
-        return jnp.dtype(jnp.bfloat16) if isinstance(value, QuantizedArray) else value.dtype
+        return jnp.dtype(jnp.bfloat16) if isinstance(value, PackedBfloat16) else value.dtype
 
     @property
     def mesh(self) -> Mesh:
         """The mesh that the weights lie on."""
         return mesh_of(self.embedding)  # as all of them do; the whole tree takes long to walk
 
-    def __call__(self, tokens: Any, *, mtp: bool = False, kernels: Kernels | None = None) -> Output:
+    def __call__(self, tokens: Any, *, mtp: bool = False, ops: Ops | None = None) -> Output:
         """Return the logits of every position of tokens int32 [B, T].
 
         Called with arrays it compiles once per shape and enters the model's mesh; inside a user's own jit or grad it
@@ -141,49 +141,49 @@ class Transformer(nnx.Module):
         Args:
             tokens: [B, T] token ids.
             mtp: also run the MTP layer.
-            kernels: named implementations, by default the platform's.
+            ops: the operations to use, by default the model's own (`glm_jax.kernels.ops_for`).
 
         Raises:
             InputError: tokens are not [B, T] of at least one, out of the vocabulary, or longer than the positions.
         """
-        kernels = kernels or Kernels()
         if mtp and self.mtp is None:
             raise InputError("this model has no MTP layer (num_mtp_layers is 0)")
         if isinstance(tokens, jax.core.Tracer):
-            return forward(self, tokens, mtp=mtp, kernels=kernels)
+            return forward(self, tokens, mtp=mtp, ops=ops)
         tokens = check_tokens(tokens, self.config)
         mesh = self.mesh
         with jax.set_mesh(mesh):
             placed = jax.device_put(tokens, batch_sharding(len(tokens), mesh, self.rules, length=tokens.shape[1]))
-            return _forward_jit(self, placed, mtp=mtp, kernels=kernels)
+            return _forward_jit(self, placed, mtp=mtp, ops=ops)
 
     def hidden_states(
-        self, tokens: jax.Array, *, step: Step, cache: Cache | None = None
+        self, tokens: jax.Array, *, context: ForwardContext, cache: Cache | None = None
     ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
         """Run tokens [B, T] through the decoder, without MTP and head.
 
-        Returns the hidden states [B, T, D] after the final norm, the cache with this pass's rows, and the experts
+        Returns the hidden states [B, T, D] after the final norm, the cache with this pass's tokens, and the experts
         chosen in each MoE layer, int32 [L, B, T, K].
         """
         x, ids = self.embedding(tokens), None
         dense, moe = (None, None) if cache is None else (cache.dense, cache.moe)
         if self.dense is not None:
-            x, dense, _ = stack.run(self.dense, x, step, dense)
+            x, dense, _ = stack.run(self.dense, x, context, dense)
         if self.moe is not None:
-            x, moe, ids = stack.run(self.moe, x, step, moe)
+            x, moe, ids = stack.run(self.moe, x, context, moe)
         return self.final_norm(x), None if cache is None else Cache(dense, moe, cache.mtp), ids
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
+    def logits(self, hidden: jax.Array, *, ops: Ops | None = None) -> jax.Array:
         """Hidden states [B, T, D] -> float32 logits [B, T, V]."""
         head = self.embedding if self.head is None else self.head
-        return embedding_layer.logits(hidden, head.weight[...])
+        return project(hidden, head.weight[...], self.ops if ops is None else ops, dtype=jnp.float32)
 
-    def step(self, positions: jax.Array, *, fresh: bool, kernels: Kernels, remat: bool = False) -> Step:
-        """What all layers share in a pass over `positions` [B, T]."""
-        if kernels.dispatch is None:
-            kernels = dataclasses.replace(kernels, dispatch=self.rules.dispatch)
-        rotary = rotation(positions, self.config.attention.rope)
-        return Step(positions, rotary, fresh=fresh, kernels=kernels, remat=remat)
+    def context(
+        self, positions: jax.Array, *, prefill: bool, ops: Ops | None = None, remat: bool = False
+    ) -> ForwardContext:
+        """What all layers share in a pass over `positions` [B, T], by default with the model's own operations."""
+        ops, rotary = self.ops if ops is None else ops, rotation(positions, self.config.attention.rope)
+        dispatch = ops.dispatch or self.rules.dispatch
+        return ForwardContext(positions, rotary, prefill=prefill, ops=ops, dispatch=dispatch, remat=remat)
 
 
 def forward(
@@ -191,10 +191,10 @@ def forward(
     tokens: jax.Array,
     *,
     mtp: bool,
-    kernels: Kernels,
+    ops: Ops | None = None,
     routing: bool = False,
     remat: bool = False,
-    keep_rows: bool = False,
+    keep_last: bool = False,
 ) -> Output:
     """The forward pass over whole sequences, as a pure function to trace.
 
@@ -202,44 +202,48 @@ def forward(
         model: with values.
         tokens: int32 [B, T].
         mtp: also run the MTP layer.
-        kernels: named implementations.
+        ops: the operations to use, by default the model's own.
         routing: also return the experts chosen.
-        remat: in the backward pass compute each layer anew instead of keeping what it made.
-        keep_rows: where sequences are split over devices, leave the MTP results with T rows, of which the last means
-            nothing: without it, all devices would get all of them.
+        remat: the backward pass recomputes each layer from its input.
+        keep_last: where sequences are split over devices, leave the MTP results with T positions, of which the last
+            means nothing. Without it, all devices get all positions.
     """
     positions = jnp.zeros_like(tokens) + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    hidden, _, ids = model.hidden_states(tokens, step=model.step(positions, fresh=True, kernels=kernels, remat=remat))
-    logits = model.logits(hidden)
+    context = model.context(positions, prefill=True, ops=ops, remat=remat)
+    hidden, _, ids = model.hidden_states(tokens, context=context)
+    logits = model.logits(hidden, ops=ops)
     mtp_logits, mtp_hidden = (logits[:, :0], hidden[:, :0]) if mtp else (None, None)
     mtp_ids: jax.Array | None = None
     if mtp and tokens.shape[1] > 1:
         assert model.mtp is not None
         split = axes_of(tokens, 1)
         if split:  # a split sequence keeps its length
-            following = jax.sharding.reshard(ahead(tokens, 1), jax.typeof(tokens).sharding.spec)
+            following = jax.sharding.reshard(shift_left(tokens, 1), jax.typeof(tokens).sharding.spec)
         else:
-            following, hidden_before, positions = tokens[:, 1:], hidden[:, :-1], positions[:, :-1]
-        step = model.step(positions, fresh=True, kernels=kernels, remat=remat)
-        before = hidden if split else hidden_before
-        mtp_hidden, mtp_ids = run_mtp(model, model.embedding(following), before, step)
-        mtp_logits = model.logits(mtp_hidden)
-        if split and not keep_rows:
-            mtp_logits, mtp_hidden, mtp_ids = (whole(rows, 1)[:, :-1] for rows in (mtp_logits, mtp_hidden, mtp_ids))
+            following, positions = tokens[:, 1:], positions[:, :-1]
+        context = model.context(positions, prefill=True, ops=ops, remat=remat)
+        before = hidden if split else hidden[:, :-1]
+        mtp_hidden, mtp_ids = run_mtp(model, model.embedding(following), before, context)
+        mtp_logits = model.logits(mtp_hidden, ops=ops)
+        if split and not keep_last:
+            results = (mtp_logits, mtp_hidden, mtp_ids)
+            mtp_logits, mtp_hidden, mtp_ids = (all_gather_dim(result, 1)[:, :-1] for result in results)
     return Output(logits, hidden, mtp_logits, mtp_hidden, *((ids, mtp_ids) if routing else (None, None)))
 
 
-def run_mtp(model: Transformer, embedded: jax.Array, hidden: jax.Array, step: Step) -> tuple[jax.Array, Any]:
+def run_mtp(
+    model: Transformer, embedded: jax.Array, hidden: jax.Array, context: ForwardContext
+) -> tuple[jax.Array, Any]:
     """The MTP layer over whole sequences, its hidden states and the experts chosen."""
 
     def run(mtp: Any, embedded: jax.Array, hidden: jax.Array) -> tuple[jax.Array, Any]:
-        out, _, ids = mtp(embedded, hidden, step, None)
+        out, _, ids = mtp(embedded, hidden, context, None)
         return out, ids
 
-    return (jax.checkpoint(run) if step.remat else run)(model.mtp, embedded, hidden)
+    return (jax.checkpoint(run) if context.remat else run)(model.mtp, embedded, hidden)
 
 
-_forward_jit = jax.jit(forward, static_argnames=("mtp", "kernels"))
+_forward_jit = jax.jit(forward, static_argnames=("mtp", "ops"))
 
 
 def _group(config: ModelConfig, count: int, *, experts: bool) -> DecoderLayer | None:
@@ -247,22 +251,14 @@ def _group(config: ModelConfig, count: int, *, experts: bool) -> DecoderLayer | 
 
 
 def runtime_model(config: ModelConfig, mesh: Mesh, *, dtype: Any = None, rules: Rules | None = None) -> Transformer:
-    """The abstract model that a run holds: without the MTP copies, in the run's dtype, with the run's rules."""
-    platform = mesh.devices.flat[0].platform
-    dtype = (jnp.float32 if platform == "cpu" else jnp.bfloat16) if dtype is None else dtype
-    model = Transformer(dataclasses.replace(config, mtp_copies=()))
-    on_cpu_in_bfloat16 = platform == "cpu" and jnp.dtype(dtype) == jnp.bfloat16
-    model = with_bits(model) if on_cpu_in_bfloat16 else with_dtype(model, dtype)
-    model.rules = rules or Rules()
+    """The abstract model that a run holds: without the MTP copies, as the mesh's platform holds the run's dtype."""
+    model, ops = Transformer(dataclasses.replace(config, mtp_copies=())), ops_for(mesh)
+    model = ops.storage.prepare(model, dtype)
+    model.rules, model.ops = rules or Rules(), ops
     return model
 
 
-def platform_stacks(mesh: Mesh) -> bool:
-    """Whether the platform decodes best from stacked groups (TPU) or from unrolled ones (GPU, CPU)."""
-    return mesh.devices.flat[0].platform == "tpu"
-
-
-def in_form(model: Transformer, *, stacked: bool) -> Transformer:
+def with_layer_layout(model: Transformer, *, stacked: bool) -> Transformer:
     """The model with both groups stacked or both unrolled; arrays keep their sharding, abstract weights stay so."""
     turn = stack.stack if stacked else stack.unroll
     copy = jax.tree.map(lambda leaf: leaf, model)

@@ -18,9 +18,9 @@ from glm_jax.inference.config import Sampling
 from glm_jax.inference.generate import MIN_BUCKET, bucket
 from glm_jax.inference.runner import Runner, abstract_prompts, programs
 from glm_jax.inference.sampling import Sampler
-from glm_jax.layers.step import Kernels
+from glm_jax.kernels import Ops, ops_for
 from glm_jax.model import Transformer, abstract_cache
-from glm_jax.model.transformer import in_form, platform_stacks, runtime_model
+from glm_jax.model.transformer import runtime_model, with_layer_layout
 from glm_jax.planning.job import DECODE, TRAIN, Job
 from glm_jax.planning.placement import abstract_model
 from glm_jax.sharding import batch_sharding, with_shardings
@@ -36,24 +36,25 @@ SAMPLINGS = {
 }
 
 
-def lower_job(job: Job, mesh: Mesh, *, stacked: bool | None = None, kernels: Kernels | None = None) -> Any:
+def lower_job(job: Job, mesh: Mesh, *, stacked: bool | None = None, ops: Ops | None = None) -> Any:
     """Return one step of a job, lowered for a mesh (`jax.stages.Lowered`).
 
     Args:
         job: what to run. Decoding is one step with a full cache, the newest token of each sequence to be chosen.
         mesh: of the devices to compile for.
         stacked: scan over the layers or unroll them; by default as the platform runs the job.
-        kernels: named implementations, by default the platform's.
+        ops: the operations to use, by default the platform's.
 
     Raises:
         InputError: the job is one that planning only counts.
         ShardingError: the mesh cannot hold the model.
     """
     model = model_on(job, mesh, stacked=stacked)
+    ops = model.ops if ops is None else ops
     with jax.set_mesh(mesh):
         if job.kind == TRAIN:
-            return _train(job, model, kernels)
-        return _inference(job, model, kernels or Kernels())
+            return _train(job, model, ops)
+        return _inference(job, model, ops)
 
 
 def check_job(job: Job) -> None:
@@ -67,7 +68,7 @@ def check_job(job: Job) -> None:
 
 
 def model_on(job: Job, mesh: Mesh, *, stacked: bool | None = None) -> Transformer:
-    """The abstract model of a job on a mesh, in the form in which a run holds it.
+    """The abstract model of a job on a mesh, in the layout in which a run holds it.
 
     Raises:
         InputError: the job is one that planning only counts.
@@ -76,12 +77,12 @@ def model_on(job: Job, mesh: Mesh, *, stacked: bool | None = None) -> Transforme
     check_job(job)
     if job.quantized:
         model = abstract_model(job)
-        model.rules = job.rules
+        model.rules, model.ops = job.rules, ops_for(mesh)
     else:
         model = runtime_model(job.config, mesh, dtype=job.dtype, rules=job.rules)
-    stacked = (platform_stacks(mesh) or job.kind == TRAIN) if stacked is None else stacked
+    stacked = (model.ops.stacked_layers or job.kind == TRAIN) if stacked is None else stacked
     with_shardings(model, mesh, job.rules)  # refuses a mesh in the words of loading, which are of the stacked model
-    return with_shardings(in_form(model, stacked=stacked), mesh, job.rules)
+    return with_shardings(with_layer_layout(model, stacked=stacked), mesh, job.rules)
 
 
 def generation_programs(
@@ -100,25 +101,25 @@ def generation_programs(
         raise InputError(f"--cache_dtype {job.cache} is counted only: generation keeps what it caches in {job.dtype}")
     config = job.config
     found: dict[str, Callable[[], Any]] = {}
-    room = bucket(job.length, config.max_positions)
+    cache_length = bucket(job.length, config.max_positions)
     lengths = [MIN_BUCKET]
-    while lengths[-1] < room:
+    while lengths[-1] < cache_length:
         lengths.append(2 * lengths[-1])
     lengths = sorted({bucket(length, config.max_positions) for length in lengths})
     runner = Runner(model_on(job, mesh))
     for name in samplings:
         sampler = jax.eval_shape(functools.partial(Sampler.create, SAMPLINGS[name]))
-        found[f"decode {name}"] = functools.partial(runner.lower_decode, job.batch, sampler, room=room)
+        found[f"decode {name}"] = functools.partial(runner.lower_decode, job.batch, sampler, cache_length=cache_length)
         for length in lengths:
             found[f"prefill {length} {name}"] = functools.partial(
-                runner.lower_prefill, job.batch, sampler, padded_length=length, room=room
+                runner.lower_prefill, job.batch, sampler, padded_length=length, cache_length=cache_length
             )
     return found
 
 
-def _train(job: Job, model: Transformer, kernels: Kernels | None) -> Any:
+def _train(job: Job, model: Transformer, ops: Ops) -> Any:
     optimizer = build_optimizer(model, SCHEDULE)
-    step: Any = build_step(optimizer, kernels=kernels)
+    step: Any = build_step(optimizer, ops=ops)
     number = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(model, jax.eval_shape(optimizer.init, values_by_name(model)), number)  # type: ignore[arg-type]
     place = batch_sharding(job.batch, model.mesh, job.rules, length=job.length)
@@ -126,9 +127,9 @@ def _train(job: Job, model: Transformer, kernels: Kernels | None) -> Any:
     return step.lower(state, Batch(rows(jnp.int32), rows(jnp.bool_), rows(jnp.bool_)))
 
 
-def _inference(job: Job, model: Transformer, kernels: Kernels) -> Any:
+def _inference(job: Job, model: Transformer, ops: Ops) -> Any:
     leaves, structure = jax.tree.flatten(model)
-    plain = programs(structure, kernels)
+    plain = programs(structure, ops)
     cache = abstract_cache(model, job.batch, job.length, dtype=job.cache_storage.dtype)
     sampler = jax.eval_shape(functools.partial(Sampler.create, SAMPLINGS["greedy"]))
     tokens, each = abstract_prompts(model, job.batch, job.length)

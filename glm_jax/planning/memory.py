@@ -15,12 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from glm_jax.configs import GqaConfig
-from glm_jax.layers.attention_core import QUERY_BLOCK
+from glm_jax.kernels import ops_for_platform
+from glm_jax.kernels.attention import QUERY_BLOCK
 from glm_jax.layers.dispatch import GATHER, SLACK, choose_dispatch
 from glm_jax.model import Transformer
 from glm_jax.planning.job import DECODE, TRAIN, Job
 from glm_jax.planning.placement import Placement, cache_parts, nbytes
-from glm_jax.sharding import batch_axes, length_axes, weights_by_name
+from glm_jax.sharding import weights_by_name
+from glm_jax.sharding.rules import batch_axes, length_axes
 from glm_jax.training.optimizer import MUON, OptimizerConfig, build_optimizer, optimizer_labels
 
 SCORE_BYTES = 4  # scores and logits are float32
@@ -82,7 +84,7 @@ def shares(job: Job, placement: Placement) -> Shares:
     tokens = batch * job.queries // placement.devices(along)
     gathered, way = tokens * placement.devices(shared), job.rules.dispatch
     if way is None:  # accelerators alike
-        way = choose_dispatch("gpu", tokens * choices, placement.devices(shared))
+        way = choose_dispatch(ops_for_platform("gpu").exchange, tokens * choices, placement.devices(shared))
     return Shares(
         batch=batch,
         tokens=tokens,
@@ -230,7 +232,7 @@ def _buffers(job: Job, placement: Placement, share: Shares) -> int:
     """
     copies = 2 if job.kind == TRAIN else 1
     gathered = (
-        part.nbytes // part.layers * placement.devices(part.apart)
+        part.nbytes // part.layers * placement.devices(part.fsdp)
         for part in placement.parts.values()
         if part.matrix is not None and part.gathered_for(share.tokens, share.token_axes, placement)
     )

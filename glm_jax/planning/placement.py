@@ -15,19 +15,19 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from glm_jax.model import Transformer
-from glm_jax.model.cache import cache_part
+from glm_jax.model.allocate import cache_part
 from glm_jax.planning.job import TRAIN, Job, WeightStorage
 from glm_jax.sharding import (
     QuantizedArray,
     Weight,
-    gathering_pays,
-    layer_axis,
     map_weights,
     weights_by_name,
     with_dtype,
     with_shardings,
 )
+from glm_jax.sharding.fsdp import gathering_pays
 from glm_jax.sharding.rules import STORED, MeshAxes, as_axes
+from glm_jax.sharding.weight import layer_axis
 from glm_jax.training.muon import MatrixAxes, matrix_axes
 
 
@@ -87,8 +87,8 @@ class Part:
         return tuple(axis for entry in self.split[self.matrix.batch + self.matrix.outputs :] for axis in entry)
 
     @property
-    def apart(self) -> MeshAxes:
-        """The axes along which it is only kept apart (`Rules.fsdp`), not computed apart."""
+    def fsdp(self) -> MeshAxes:
+        """The axes along which FSDP (`Rules.fsdp`) splits it."""
         entries = dict(zip(self.weight.axes, self.split[len(self.shape) - len(self.weight.axes) :], strict=True))
         return next((entries[axis] for axis in STORED if axis in entries), ())
 
@@ -104,14 +104,14 @@ class Part:
 
     def gathered_for(self, tokens: int, token_axes: MeshAxes, placement: Placement) -> bool:
         """Whether so many tokens of a device, split over `token_axes`, gather the matrix rather than move to it."""
-        group = placement.devices(self.apart)
-        if group == 1 or any(axis not in token_axes for axis in self.apart):
+        group = placement.devices(self.fsdp)
+        if group == 1 or any(axis not in token_axes for axis in self.fsdp):
             return False
         if self.is_experts:
             return True
         if self.owner == "embedding":
             sent = self.inputs * group + 1  # an index there, a row back
-        elif set(self.apart) <= set(self.input_axes):
+        elif set(self.fsdp) <= set(self.input_axes):
             sent = self.inputs * group + self.outputs
         else:
             sent = self.inputs + self.outputs * group
@@ -188,11 +188,13 @@ def nbytes(shape: tuple[int, ...], dtype: Any) -> int:
 def _quantized(weight: Weight, storage: WeightStorage) -> Any:
     """The abstract value of a weight in narrow numbers, if its declaration says what its inputs are."""
     value = weight.get_raw_value()
-    if not weight.inputs:
+    if not weight.contracting_dims:
         return value
-    outputs, inputs = value.shape[: -weight.inputs], math.prod(value.shape[-weight.inputs :])
+    outputs, inputs = value.shape[: -weight.contracting_dims], math.prod(value.shape[-weight.contracting_dims :])
     # Where the inputs are no whole number of groups, the groups are smaller.
     scales = outputs if storage.group is None else (*outputs, inputs // math.gcd(inputs, storage.group))
     return QuantizedArray(
-        jax.ShapeDtypeStruct(value.shape, storage.narrow), jax.ShapeDtypeStruct(scales, jnp.float32), weight.inputs
+        jax.ShapeDtypeStruct(value.shape, storage.narrow),
+        jax.ShapeDtypeStruct(scales, jnp.float32),
+        weight.contracting_dims,
     )

@@ -48,7 +48,7 @@ def step_work(job: Job, placement: Placement, held: Bytes, optimizer: Optimizer 
     size, passes = job.dtype.itemsize, PASSES.get(job.kind, 1)
     operations = traffic = 0.0
     for part in placement.matrices(job):
-        group = placement.devices(tuple(axis for axis in part.apart if axis in share.token_axes))
+        group = placement.devices(tuple(axis for axis in part.fsdp if axis in share.token_axes))
         rows = _rows(part, job, share) * group  # this device's tokens with the whole, or the group's with a part
         operations += 2.0 * part.size / _copies(part) * rows * passes
         moved = rows * (part.size / _copies(part)) * (1 / part.inputs + 1 / part.outputs) * size
@@ -61,7 +61,7 @@ def step_work(job: Job, placement: Placement, held: Bytes, optimizer: Optimizer 
         traffic += 2 * (held.weights + held.optimizer + held.gradients)
     found = [
         *_products(job, placement, share),
-        *_kept_apart(job, placement, share),
+        *_fsdp(job, placement, share),
         *_sequences(job, placement, share),
         *_expert_exchange(job, placement, share),
     ]
@@ -124,23 +124,23 @@ def _products(job: Job, placement: Placement, share: Shares) -> list[Collective]
     for part in placement.matrices(job):
         if part.is_experts:
             continue
-        summed = tuple(axis for axis in part.input_axes if axis not in part.apart or axis not in share.token_axes)
+        summed = tuple(axis for axis in part.input_axes if axis not in part.fsdp or axis not in share.token_axes)
         # Of a part of the outputs the products are of the whole group's tokens.
-        apart = tuple(axis for axis in part.apart if axis in share.token_axes and axis not in part.input_axes)
-        outputs, what = part.outputs * placement.devices(apart), f"{part.name} product"
+        fsdp = tuple(axis for axis in part.fsdp if axis in share.token_axes and axis not in part.input_axes)
+        outputs, what = part.outputs * placement.devices(fsdp), f"{part.name} product"
         nbytes = share.tokens * outputs * job.dtype.itemsize
         found.append(Collective(what=what, kind=ALL_REDUCE, axes=summed, nbytes=nbytes, times=part.layers))
     return found
 
 
-def _kept_apart(job: Job, placement: Placement, share: Shares) -> list[Collective]:
-    """Matrices that are kept apart, gathered where they are used; or the tokens that move to them and back.
+def _fsdp(job: Job, placement: Placement, share: Shares) -> list[Collective]:
+    """Matrices that FSDP splits, gathered where they are used; or the tokens that move to them and back.
 
     In training two passes gather, and the third sums the gradients and splits them again, which is as many bytes.
     """
     found = []
     for part in placement.parts.values():
-        axes = tuple(axis for axis in part.apart if axis in share.token_axes)
+        axes = tuple(axis for axis in part.fsdp if axis in share.token_axes)
         if part.matrix is None or not axes or (job.kind != TRAIN and part.name.startswith("mtp.")):
             continue
         group, size = placement.devices(axes), job.dtype.itemsize

@@ -3,93 +3,50 @@
 from __future__ import annotations
 
 from glm_jax.sharding.activation import (
-    ahead,
+    all_gather_dim,
     axes_of,
-    einsum_reduce,
-    gather_weight,
-    local_call,
-    local_calls,
+    embedding_lookup,
     local_size,
-    local_sum,
     reshape,
-    take_position,
-    take_rows,
-    whole,
+    select_token,
+    shard_local,
+    shift_left,
 )
-from glm_jax.sharding.apart import apart_axes, gathering_pays, multiply_apart, spread_outputs
-from glm_jax.sharding.mesh import default_mesh, describe, make_mesh, mesh_sizes, parse_mesh, platform
-from glm_jax.sharding.presets import PRESETS, name_of, rules_named
-from glm_jax.sharding.quantized import QuantizedArray, WeightArray
-from glm_jax.sharding.rules import (
-    Rules,
-    batch_axes,
-    batch_sharding,
-    length_axes,
-    mesh_of,
-    shardings,
-    spec_of,
-    with_shardings,
-)
-from glm_jax.sharding.turned import TurnedArray, multiply_together
-from glm_jax.sharding.weight import (
-    Constant,
-    Normal,
-    Weight,
-    declare,
-    initial_value,
-    layer_axis,
-    map_weights,
-    weights_by_name,
-    with_bits,
-    with_dtype,
-)
+from glm_jax.sharding.mesh import default_mesh, describe, make_mesh, parse_mesh, platform
+from glm_jax.sharding.presets import PRESETS, rules_named
+from glm_jax.sharding.quantized import PackedBfloat16, QuantizedArray, WeightArray, as_array
+from glm_jax.sharding.rules import Rules, batch_sharding, shardings, with_shardings
+from glm_jax.sharding.weight import Constant, Normal, Weight, declare, map_weights, weights_by_name, with_dtype
 
 __all__ = [
     "PRESETS",
     "Constant",
     "Normal",
+    "PackedBfloat16",
     "QuantizedArray",
     "Rules",
-    "TurnedArray",
     "Weight",
     "WeightArray",
-    "ahead",
-    "apart_axes",
+    "all_gather_dim",
+    "as_array",
     "axes_of",
-    "batch_axes",
     "batch_sharding",
     "declare",
     "default_mesh",
     "describe",
-    "einsum_reduce",
-    "gather_weight",
-    "gathering_pays",
-    "initial_value",
-    "layer_axis",
-    "length_axes",
-    "local_call",
-    "local_calls",
+    "embedding_lookup",
     "local_size",
-    "local_sum",
     "make_mesh",
     "map_weights",
-    "mesh_of",
-    "mesh_sizes",
-    "multiply_apart",
-    "multiply_together",
-    "name_of",
     "parse_mesh",
     "platform",
     "reshape",
     "rules_named",
+    "select_token",
+    "shard_local",
     "shardings",
-    "spec_of",
-    "spread_outputs",
-    "take_position",
-    "take_rows",
+    "shift_left",
     "weights_by_name",
-    "whole",
-    "with_bits",
     "with_dtype",
     "with_shardings",
 ]

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glm_jax.errors import ShardingError
 from glm_jax.sharding.mesh import DATA, EXPERT, TENSOR, describe
-from glm_jax.sharding.quantized import QuantizedArray
+from glm_jax.sharding.quantized import PackedBfloat16, QuantizedArray
 from glm_jax.sharding.weight import Weight, layer_axis, map_weights, weights_by_name
 
 MeshAxes = tuple[str, ...]
@@ -37,10 +37,10 @@ class Rules:
         expert: routed experts.
         mlp: width of the dense MLP, of each expert and of the shared experts.
         vocab: rows of the output head (the embedding is replicated over it: looking up a row must stay local).
-        fsdp: axes over which matrices are kept apart besides, along the model's width, with their gradients and the
-            optimizer's state. Of these, axes that split a weight already are left out, and trailing ones where it does
-            not divide. A pass over many tokens gathers each matrix where it is used; one over few moves the tokens
-            instead, and no weight. Norms, routers and the products of latent attention's cache stay whole.
+        fsdp: axes that split matrices further, along the model's width, with their gradients and the optimizer's
+            state. Of these, axes that split a weight already are left out, and trailing ones where it does not divide.
+            A pass over many tokens gathers each matrix where it is used; one over few moves the tokens instead, and no
+            weight. Norms, routers and the products with latent attention's cache stay whole.
         dispatch: how tokens get to their experts, one of `layers.dispatch.DISPATCHES`; None lets the tokens decide.
     """
 
@@ -87,20 +87,20 @@ def weight_spec(name: str, weight: Weight, *, mesh: Mesh, rules: Rules) -> Parti
                 f"{name}: mesh axis {taken[0]} would split two of its axes {weight.axes}; change the rules"
             )
         entries.append(axes or None)
-    _keep_apart(entries, weight, mesh=mesh, rules=rules)
+    _split_for_fsdp(entries, weight, mesh=mesh, rules=rules)
     if layer_axis(weight):
         entries.insert(0, None)
     return PartitionSpec(*entries)
 
 
-def _keep_apart(entries: list[MeshAxes | None], weight: Weight, *, mesh: Mesh, rules: Rules) -> None:
-    """Split a matrix further over the axes of `fsdp`, in place."""
+def _split_for_fsdp(entries: list[MeshAxes | None], weight: Weight, *, mesh: Mesh, rules: Rules) -> None:
+    """Split a matrix further over the axes of the `fsdp` rule, in place."""
     along = next((weight.axes.index(axis) for axis in STORED if axis in weight.axes), None)
     if along is None or len(weight.axes) < 2:
         return
     value = weight.get_raw_value()
     size = value.shape[along - len(weight.axes)]
-    if isinstance(value, QuantizedArray) and value.grouped and along == len(weight.axes) - value.inputs:
+    if isinstance(value, QuantizedArray) and value.grouped and along == len(weight.axes) - value.contracting_dims:
         size = value.scale.shape[-1]  # whole groups of inputs that share a scale stay together
     taken = {axis for entry in entries if entry for axis in entry}
     axes = tuple(axis for axis in rules.fsdp if axis not in taken)
@@ -139,11 +139,14 @@ def with_shardings(model: Any, mesh: Mesh, rules: Rules | None = None) -> Any:
 
     def annotate(name, weight):
         value = weight.get_raw_value()
-        if not isinstance(value, QuantizedArray):
-            return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=placed[name])
 
         def values(array):
             return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=placed[name])
+
+        if isinstance(value, PackedBfloat16):
+            return value.map(values)
+        if not isinstance(value, QuantizedArray):
+            return values(value)
 
         def scale(array):
             spec = NamedSharding(mesh, _scale_spec(name, value, placed[name]))
@@ -156,7 +159,7 @@ def with_shardings(model: Any, mesh: Mesh, rules: Rules | None = None) -> Any:
 
 def _scale_spec(name: str, value: QuantizedArray, placed: NamedSharding) -> PartitionSpec:
     """The layout of a weight's scales: of its outputs, and with groups of the first of its input dimensions."""
-    outputs = value.ndim - value.inputs
+    outputs = value.ndim - value.contracting_dims
     entries = [*placed.spec, *(None,) * value.ndim]
     if not value.grouped:
         return PartitionSpec(*entries[:outputs])

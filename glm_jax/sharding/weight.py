@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from glm_jax.sharding.quantized import QuantizedArray
+from glm_jax.sharding.quantized import PackedBfloat16
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
@@ -58,15 +58,15 @@ class Weight(nnx.Param):
         axes: the logical axis of each dimension.
         initializer: of its first value.
         pinned: whether its dtype is not the run's to choose.
-        inputs: the trailing dimensions that its product sums over, of a weight that may be stored quantised; else 0.
-        bits: whether a CPU may hold it as the bits of bfloat16 numbers: every matrix but those of the routers.
+        contracting_dims: the trailing dimensions that its product sums over, of a weight that may be quantised; else 0.
+        packable: a CPU may hold it as packed bfloat16: every matrix but those of the routers.
     """
 
     axes: tuple[str | None, ...]
     initializer: Initializer
     pinned: bool
-    inputs: int
-    bits: bool
+    contracting_dims: int
+    packable: bool
 
 
 def declare(
@@ -75,20 +75,26 @@ def declare(
     *,
     initializer: Initializer,
     dtype: Any = None,
-    inputs: int = 0,
-    bits: bool | None = None,
+    contracting_dims: int = 0,
+    packable: bool | None = None,
 ) -> Weight:
     """Declare a weight of `shape` whose dimensions are the logical `axes`.
 
     Without a `dtype` it takes the run's (bfloat16 until `with_dtype` says otherwise); with one it keeps it always. A
-    matrix that may be stored quantised says how many of its last dimensions are `inputs`; others that go through the
-    functions of `layers.linear` and `layers.embedding` only say `bits`.
+    matrix that may be quantised says how many of its last dimensions a product sums over (`contracting_dims`); another
+    one that goes through `layers.linear` or `layers.embedding` only says that it is `packable`.
     """
     if len(shape) != len(axes):
         raise ValueError(f"shape {shape} has {len(shape)} dimensions, axes {axes} name {len(axes)}")
     abstract = jax.ShapeDtypeStruct(shape, jnp.bfloat16 if dtype is None else dtype)
-    pinned, bits = dtype is not None, bool(inputs or bits)
-    return Weight(abstract, axes=axes, initializer=initializer, pinned=pinned, inputs=inputs, bits=bits)
+    return Weight(
+        abstract,
+        axes=axes,
+        initializer=initializer,
+        pinned=dtype is not None,
+        contracting_dims=contracting_dims,
+        packable=bool(contracting_dims or packable),
+    )
 
 
 def is_weight(node: Any) -> bool:
@@ -134,29 +140,14 @@ def with_dtype(model: Any, dtype: Any) -> Any:
     return map_weights(cast, model)
 
 
-def with_bits(model: Any) -> Any:
-    """Return the abstract `model` as a CPU holds it in bfloat16: matrices as bits, the rest in float32."""
-
-    def change(_, weight):
-        value = weight.get_raw_value()
-        if weight.pinned:
-            return value
-        if not weight.bits:
-            return jax.ShapeDtypeStruct(value.shape, jnp.float32)
-        return QuantizedArray(jax.ShapeDtypeStruct(value.shape, jnp.uint16), None, max(1, weight.inputs))
-
-    return map_weights(change, model)
-
-
-def initial_value(name: str, weight: Weight, key: jax.Array) -> jax.Array | QuantizedArray:
+def initial_value(name: str, weight: Weight, key: jax.Array) -> jax.Array | PackedBfloat16:
     """Draw the first value of a weight whose type has its sharding; each name has a random stream of its own."""
     value = weight.get_raw_value()
-    if isinstance(value, QuantizedArray):
-        draw = _compiled_draw(weight.initializer, value.shape, jnp.dtype(jnp.bfloat16), value.sharding)
-        drawn = draw(jax.random.fold_in(key, zlib.crc32(name.encode())))
-        return value.map(lambda _: _bits_of(drawn))
-    draw = _compiled_draw(weight.initializer, value.shape, value.dtype, value.sharding)
-    return draw(jax.random.fold_in(key, zlib.crc32(name.encode())))
+    packed = isinstance(value, PackedBfloat16)
+    dtype = jnp.dtype(jnp.bfloat16 if packed else value.dtype)
+    draw = _compiled_draw(weight.initializer, value.shape, dtype, value.sharding)
+    drawn = draw(jax.random.fold_in(key, zlib.crc32(name.encode())))
+    return PackedBfloat16(_bits_of(drawn)) if packed else drawn
 
 
 @jax.jit

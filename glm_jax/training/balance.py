@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from glm_jax.model import Output
-from glm_jax.sharding import ahead, map_weights
+from glm_jax.sharding import map_weights, shift_left
 from glm_jax.training.batch import Batch
 
 _BIAS = "router.bias"
@@ -36,7 +36,7 @@ def expert_loads(output: Output, batch: Batch, *, experts: int) -> dict[str, jax
         loads["moe"] = _count(output.expert_ids, padding_mask, experts)
     if output.mtp_expert_ids is not None:
         loads[_MTP] = _count(
-            output.mtp_expert_ids, ahead(padding_mask, 1)[:, : output.mtp_expert_ids.shape[1]], experts
+            output.mtp_expert_ids, shift_left(padding_mask, 1)[:, : output.mtp_expert_ids.shape[1]], experts
         )
     return loads
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from glm_jax.model import Output
-from glm_jax.sharding import ahead
+from glm_jax.sharding import shift_left
 from glm_jax.training.batch import Batch
 
 
@@ -69,9 +69,9 @@ def language_model_loss(
 
 
 def _mean_loss(logits: jax.Array, batch: Batch, *, shift: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Mean loss, accuracy and number of the tokens that rows 0, 1, ... of the logits predict `shift` tokens ahead."""
+    """Mean loss, accuracy and number of the tokens, position t of the logits predicting token t + shift."""
     length = logits.shape[1]
-    labels, mask = (ahead(rows, shift)[:, :length] for rows in (batch.tokens, batch.loss_mask))
+    labels, mask = (shift_left(rows, shift)[:, :length] for rows in (batch.tokens, batch.loss_mask))
     mask = mask.astype(jnp.float32)
     count = jnp.sum(mask)
     divisor = jnp.maximum(count, 1.0)

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from glm_jax.errors import InputError
-from glm_jax.layers.step import Kernels
+from glm_jax.kernels import Ops
 from glm_jax.model import Output, Transformer
 from glm_jax.model.transformer import run_mtp
 from glm_jax.sharding import axes_of
 
 
 def mtp_draft_logits(
-    model: Transformer, tokens: jax.Array, output: Output, *, drafts: int, kernels: Kernels, remat: bool
+    model: Transformer, tokens: jax.Array, output: Output, *, drafts: int, ops: Ops | None = None, remat: bool
 ) -> tuple[jax.Array, ...]:
     """The logits of drafts 2 to `drafts`, after the first in `output.mtp_logits`.
 
@@ -28,7 +28,7 @@ def mtp_draft_logits(
         tokens: int32 [B, T].
         output: of a forward pass over them with `mtp`.
         drafts: how many in all.
-        kernels: named implementations.
+        ops: the operations to use, by default the model's own.
         remat: as for the forward pass.
 
     Returns:
@@ -47,7 +47,7 @@ def mtp_draft_logits(
         assert states is not None
         states, following = states[:, :-1], tokens[:, distance:]
         positions = jnp.zeros_like(following) + jnp.arange(following.shape[1], dtype=jnp.int32)
-        step = model.step(positions, fresh=True, kernels=kernels, remat=remat)
-        states, _ = run_mtp(model, model.embedding(following), states, step)
-        found.append(model.logits(states))
+        context = model.context(positions, prefill=True, ops=ops, remat=remat)
+        states, _ = run_mtp(model, model.embedding(following), states, context)
+        found.append(model.logits(states, ops=ops))
     return tuple(found)

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import optax  # type: ignore[import-untyped]
 
-from glm_jax.sharding import Weight, axes_of, layer_axis
+from glm_jax.sharding import Weight, axes_of
+from glm_jax.sharding.weight import layer_axis
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
 _HEADS = ("heads", "kv_heads")

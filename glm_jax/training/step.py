@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import optax  # type: ignore[import-untyped]
 
 from glm_jax.errors import InputError
-from glm_jax.layers.step import Kernels
+from glm_jax.kernels import Ops
 from glm_jax.model import Transformer
 from glm_jax.model.transformer import forward
-from glm_jax.sharding import QuantizedArray, map_weights, weights_by_name
+from glm_jax.sharding import PackedBfloat16, QuantizedArray, map_weights, weights_by_name
 from glm_jax.training.balance import expert_loads, imbalance, update_router_biases
 from glm_jax.training.batch import Batch
 from glm_jax.training.loss import LossMetrics, language_model_loss
@@ -56,9 +56,9 @@ def values_by_name(model: Any) -> dict[str, jax.Array]:
         InputError: some are quantised, or a CPU's bits of bfloat16: these have no gradient.
     """
     values = {name: weight.get_raw_value() for name, weight in weights_by_name(model).items()}
-    quantized = [name for name, value in values.items() if isinstance(value, QuantizedArray)]
-    if quantized and values[quantized[0]].bits:
+    if any(isinstance(value, PackedBfloat16) for value in values.values()):
         raise InputError("a CPU holds bfloat16 as bits, which cannot be trained; load the model with dtype='float32'")
+    quantized = [name for name, value in values.items() if isinstance(value, QuantizedArray)]
     if quantized:
         raise InputError(
             f"{len(quantized)} of the model's weights are quantised ({quantized[0]}) and cannot be trained; load it "
@@ -83,7 +83,7 @@ def build_step(
     mtp_weight: float = 0.3,
     mtp_drafts: int = 1,
     bias_rate: optax.Schedule | float = 0.001,
-    kernels: Kernels | None = None,
+    ops: Ops | None = None,
     remat: bool = True,
     trained: str = "",
 ) -> TrainStep:
@@ -95,14 +95,13 @@ def build_step(
         mtp_drafts: tokens that the MTP layer learns to draft one after the other, from its own outputs after the first.
             Each costs a pass of the layer and the head.
         bias_rate: of the routers' biases a step, a number or a schedule.
-        kernels: named implementations, by default the platform's.
-        remat: keep only the input of each layer for the backward pass, and compute the rest anew.
+        ops: the operations to use, by default the model's own.
+        remat: keep only the input of each layer for the backward pass, and recompute the rest.
         trained: as in the optimizer's configuration: no gradients are computed of other weights.
 
     Raises:
         InputError: `mtp_drafts` is below 1; at the first step, it is above 1 and sequences are split over devices.
     """
-    kernels = kernels or Kernels()
     if mtp_drafts < 1:
         raise InputError(f"mtp_drafts must be at least 1, not {mtp_drafts}; mtp_weight 0 leaves the MTP layer out")
 
@@ -114,9 +113,9 @@ def build_step(
         model = map_weights(held, model)
         mtp = model.mtp is not None and mtp_weight > 0
         tokens = jnp.asarray(batch.tokens)
-        output = forward(model, tokens, mtp=mtp, kernels=kernels, routing=True, remat=remat, keep_rows=True)
+        output = forward(model, tokens, mtp=mtp, ops=ops, routing=True, remat=remat, keep_last=True)
         drafts = mtp_drafts if mtp else 1
-        draft_logits = mtp_draft_logits(model, tokens, output, drafts=drafts, kernels=kernels, remat=remat)
+        draft_logits = mtp_draft_logits(model, tokens, output, drafts=drafts, ops=ops, remat=remat)
         metrics = language_model_loss(output, batch, mtp_weight=mtp_weight, draft_logits=draft_logits)
         return metrics.loss, (metrics, expert_loads(output, batch, experts=model.config.moe.num_experts))
 

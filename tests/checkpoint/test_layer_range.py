@@ -12,7 +12,7 @@ import glm_jax
 from glm_jax.checkpoint.layer_range import LayerRange
 from glm_jax.configs import ModelConfig
 from glm_jax.errors import InputError
-from glm_jax.model.transformer import in_form
+from glm_jax.model.transformer import with_layer_layout
 from glm_jax.sharding import QuantizedArray, weights_by_name
 from tests import published
 from tests.checkpoint import quantized_sources as sources
@@ -69,7 +69,7 @@ def test_a_range_has_the_layers_of_the_whole(directories, mesh_of_sizes, form):
         if form == "hf":
             stacked = glm_jax.load(directories[form], layers=slice(start, stop), mesh=options["mesh"], stacked=True)
             for one, two in zip(
-                layers_of(in_form(stacked, stacked=False), part.config),
+                layers_of(with_layer_layout(stacked, stacked=False), part.config),
                 [*layers, rest],
                 strict=True,
             ):

@@ -16,7 +16,7 @@ import glm_jax
 from glm_jax.checkpoint import open_source, placing, quantized_load
 from glm_jax.checkpoint.load import load_source
 from glm_jax.errors import InputError
-from glm_jax.model.transformer import in_form
+from glm_jax.model.transformer import with_layer_layout
 from glm_jax.sharding import QuantizedArray, map_weights, weights_by_name
 from glm_jax.training import create_state
 from tests.checkpoint import quantized_sources as sources
@@ -32,7 +32,7 @@ def product(leaf: QuantizedArray) -> np.ndarray:
     """The float32 matrix that a leaf stands for, with numpy."""
     values, scale = np.asarray(leaf.values), np.asarray(leaf.scale)
     values = (values.view(FP8) if values.dtype == np.uint8 else values).astype(np.float32)
-    outputs = values.shape[: values.ndim - leaf.inputs]
+    outputs = values.shape[: values.ndim - leaf.contracting_dims]
     flat = values.reshape(*outputs, -1)
     spread = np.broadcast_to(scale[..., None], flat.shape) if scale.ndim == len(outputs) else None
     if spread is None:
@@ -276,7 +276,7 @@ def test_each_slice_is_read_once_in_small_pieces(wide, mesh_of_sizes, monkeypatc
         for value in values_of(model).values()
     )
     assert 0.99 * expected < sum(source.sizes) < 1.01 * expected
-    flat, other = (jax.tree.leaves(in_form(m, stacked=False)) for m in (model, whole))
+    flat, other = (jax.tree.leaves(with_layer_layout(m, stacked=False)) for m in (model, whole))
     for one, two in zip(flat, other, strict=True):
         assert np.asarray(one).tobytes() == np.asarray(two).tobytes()
 

@@ -26,8 +26,9 @@ def test_machine(call):
     assert report["versions"]["jax"] == jax.__version__
     assert set(report["versions"]) >= {"glm_jax", "jaxlib", "flax", "orbax-checkpoint", "numpy"}
     assert [device["id"] for device in report["devices"]] == [device.id for device in jax.devices()]
-    assert set(report["experts"]) == {"cpu", "gpu", "tpu"}
-    assert all(set(chosen) == {"decode", "prefill"} for chosen in report["experts"].values())
+    assert set(report["operations"]) == {"cpu", "gpu", "tpu"}
+    expected = {"matmul", "attend", "experts", "top_k", "argmax", "storage", "experts, decode", "experts, prefill"}
+    assert all(expected <= set(chosen) for chosen in report["operations"].values())
     table = call("doctor").out
     assert f"jax               {jax.__version__}\n" in table
     assert "device 0: cpu (cpu), memory the host's\n" in table

@@ -15,9 +15,9 @@ import numpy as np
 
 import glm_jax
 from glm_jax import Transformer
-from glm_jax.layers.step import Kernels
 from tests import published
 from tests.conventions.tree import ROOT
+from tests.operations import DENSE
 
 FAMILIES = ("glm4_moe", "deepseek_v3", "glm4_moe_lite")
 DEMO = ROOT / "examples" / "demo_model"
@@ -57,7 +57,7 @@ def rounds_of_whole_passes(
     """
     tokens = np.array([prompt + new])
     padded = np.pad(tokens, ((0, 0), (0, LONGEST - tokens.shape[1])))  # so that all texts share one program
-    hidden = np.asarray(model(padded, kernels=Kernels(experts="dense")).hidden)[:, : tokens.shape[1]]
+    hidden = np.asarray(model(padded, ops=DENSE).hidden)[:, : tokens.shape[1]]
     newest = len(prompt)  # the place of the newest token; the first comes from the prompt alone
     while newest < len(prompt) + len(new) - 1:
         known, states, guessed = tokens[:, : newest + 1].copy(), hidden.copy(), list[int]()
@@ -85,8 +85,8 @@ def _mtp(model: Transformer, known: np.ndarray, states: np.ndarray) -> tuple[np.
 @jax.jit
 def _mtp_jit(model: Transformer, following: jax.Array, before: jax.Array) -> tuple[jax.Array, jax.Array]:
     positions = np.arange(following.shape[1], dtype=np.int32)[None]
-    step = model.step(jax.numpy.asarray(positions), fresh=True, kernels=Kernels(experts="dense"))
-    out, _, _ = model.mtp(model.embedding(following), before, step, None)
+    context = model.context(jax.numpy.asarray(positions), prefill=True, ops=DENSE)
+    out, _, _ = model.mtp(model.embedding(following), before, context, None)
     return out, jax.numpy.argmax(model.logits(out), axis=-1)
 
 

@@ -15,15 +15,14 @@ from glm_jax import InputError, Transformer
 from glm_jax.inference import Acceptance, Sampling, stream, turned
 from glm_jax.inference.runner import CPU_IN_FLIGHT, Runner
 from glm_jax.inference.speculative import MAX_IN_FLIGHT, SMALL_ROUNDS, Speculator
-from glm_jax.layers.step import Kernels
 from glm_jax.model import create_cache
 from glm_jax.serving import TextProcessor
 from glm_jax.sharding import batch_sharding
 from tests import published
 from tests.inference import checkpoints
 from tests.inference.checkpoints import FAMILIES
+from tests.operations import DENSE
 
-DENSE = Kernels(experts="dense")  # the cheapest to compile
 UNEQUAL = checkpoints.prompts((1, 3, 9, 17, 30))
 PAIR = [[5, 6, 7], [8]]
 NEW = 23  # a multiple of no number of drafts and one
@@ -43,7 +42,7 @@ def demo(one_device) -> Transformer:
 
 def run(model: Transformer, prompts: list[list[int]], **settings: Any) -> tuple[list[list[int]], Acceptance]:
     """The new tokens of each prompt, and what became of the drafts."""
-    batches = stream(model, prompts, Sampling(**settings), kernels=DENSE)
+    batches = stream(model, prompts, Sampling(**settings), ops=DENSE)
     new: list[list[int]] = [[] for _ in prompts]
     for batch in batches:
         for tokens, more in zip(new, batch, strict=True):
@@ -54,30 +53,30 @@ def run(model: Transformer, prompts: list[list[int]], **settings: Any) -> tuple[
 # --- the layer that drafts ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("prefill", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_row_goes_on_as_it_does_among_all(directory, one_device, family, fresh):
-    """And all rows are cached, as they are when all go on."""
+def test_one_query_goes_on_as_it_does_among_all(directory, one_device, family, prefill):
+    """And all tokens are cached, as they are when all are queries."""
     model = glm_jax.load(directory[family], mesh=one_device)
     rng, shape = np.random.default_rng(3), (3, 5, model.config.embed_dim)
     laid_out = batch_sharding(3, one_device, model.rules, length=5)
     embedded, hidden = (jax.device_put(rng.normal(size=shape).astype("float32"), laid_out) for _ in range(2))
-    start = np.zeros((3, 1), np.int32) if fresh else np.array([[0], [2], [7]], np.int32)
+    start = np.zeros((3, 1), np.int32) if prefill else np.array([[0], [2], [7]], np.int32)
     positions = jax.device_put(start + np.arange(5, dtype=np.int32), laid_out)
-    asked = np.array([4, 0, 2])
-    only = jax.device_put(asked, batch_sharding(3, one_device, model.rules))
+    chosen = np.array([4, 0, 2])
+    query_index = jax.device_put(chosen, batch_sharding(3, one_device, model.rules))
 
     @jax.jit
-    def mtp(embedded, hidden, cache, positions, only):
-        step = model.step(positions, fresh=fresh, kernels=DENSE)
-        return model.mtp(embedded, hidden, step, cache, only=only)
+    def mtp(embedded, hidden, cache, positions, query_index):
+        context = model.context(positions, prefill=prefill, ops=DENSE)
+        return model.mtp(embedded, hidden, context, cache, query_index=query_index)
 
     with jax.set_mesh(one_device):
         cache = create_cache(model, 3, 16, mtp=True).mtp
         whole, cached, ids = mtp(embedded, hidden, cache, positions, None)
-        row, cached_too, its_ids = mtp(embedded, hidden, cache, positions, only)
-    np.testing.assert_allclose(row[:, 0], np.asarray(whole)[np.arange(3), asked], atol=1e-4)
-    np.testing.assert_array_equal(its_ids[:, 0], np.asarray(ids)[np.arange(3), asked])
+        one, cached_too, its_ids = mtp(embedded, hidden, cache, positions, query_index)
+    np.testing.assert_allclose(one[:, 0], np.asarray(whole)[np.arange(3), chosen], atol=1e-4)
+    np.testing.assert_array_equal(its_ids[:, 0], np.asarray(ids)[np.arange(3), chosen])
     for ours, theirs in zip(jax.tree.leaves(cached_too), jax.tree.leaves(cached), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
@@ -165,8 +164,8 @@ def test_up_to_the_last_position(tmp_path, one_device, family, drafts):
 def test_rows_beyond_the_cache_are_not_written(directory, one_device):
     """A sequence that has ended runs on beyond the cache: what lies there stays what it was."""
     model = glm_jax.load(directory["glm4_moe"], mesh=one_device)
-    speculator = Speculator(model, 3, kernels=DENSE, steps_per_call=1)
-    state = speculator.prefill(checkpoints.prompts((14,)), padded_length=16, room=16)
+    speculator = Speculator(model, 3, ops=DENSE, steps_per_call=1)
+    state = speculator.prefill(checkpoints.prompts((14,)), padded_length=16, cache_length=16)
     state = state._replace(positions=state.positions + 2)
     before = [np.asarray(leaf) for leaf in jax.tree.leaves(state.cache)]
     state, _, _ = speculator.decode(state, rounds=3)
@@ -183,8 +182,8 @@ def test_one_program_for_all_rounds_does_what_one_for_each_does(directory, one_d
     model = glm_jax.load(directory["glm4_moe"], mesh=one_device, stacked=stacked)
     results = []
     for steps in (16, 1):
-        speculator = Speculator(model, 2, kernels=DENSE, steps_per_call=steps)
-        state = speculator.prefill(UNEQUAL, padded_length=32, room=64)
+        speculator = Speculator(model, 2, ops=DENSE, steps_per_call=steps)
+        state = speculator.prefill(UNEQUAL, padded_length=32, cache_length=64)
         state, chosen, accepted = speculator.decode(state, rounds=4)
         state, *more = speculator.decode(state, rounds=4)
         results.append((chosen, accepted, *more, *map(np.asarray, (state.tokens, state.positions, state.drafts))))
@@ -201,7 +200,7 @@ def test_steps_of_a_call(directory, one_device, steps, stacked):
     sizes = []
     for drafts in (0, 2):
         batches = stream(
-            model, UNEQUAL, Sampling(max_new_tokens=NEW, speculative=drafts), steps_per_call=steps, kernels=DENSE
+            model, UNEQUAL, Sampling(max_new_tokens=NEW, speculative=drafts), steps_per_call=steps, ops=DENSE
         )
         came = list(batches)
         assert [[token for batch in came for token in batch[row]] for row in range(len(UNEQUAL))] == plain
@@ -233,8 +232,8 @@ def test_tokens_on_many_devices(directory, one_device, mesh_of_sizes, family, si
     """Four prompts, which some of the meshes divide; in the loop, whose state must keep its layout."""
     plain, _ = run(glm_jax.load(directory[family], mesh=one_device), UNEQUAL[:4], max_new_tokens=12)
     model = glm_jax.load(directory[family], mesh=mesh_of_sizes(MESHES[sizes]), stacked=family != "glm4_moe")
-    speculator = Speculator(model, 2, kernels=DENSE, steps_per_call=16)
-    state = speculator.prefill(UNEQUAL[:4], padded_length=32, room=64)
+    speculator = Speculator(model, 2, ops=DENSE, steps_per_call=16)
+    state = speculator.prefill(UNEQUAL[:4], padded_length=32, cache_length=64)
     first = np.asarray(state.tokens)
     state, chosen, accepted = speculator.decode(state, rounds=6)
     for row, tokens in enumerate(plain):
@@ -318,7 +317,7 @@ def test_first_drafts_are_those_of_the_forward_pass(directory, one_device):
     (prompt,) = checkpoints.prompts((6,))
     (new,), acceptance = run(model, [prompt], max_new_tokens=40, speculative=1)
     text = np.array([prompt + new])
-    drafts = np.argmax(model(text, mtp=True, kernels=DENSE).mtp_logits[0], axis=-1)
+    drafts = np.argmax(model(text, mtp=True, ops=DENSE).mtp_logits[0], axis=-1)
     newest, rounds, right = len(prompt), 0, 0
     while newest + 1 < text.shape[1]:
         hit = drafts[newest - 1] == text[0, newest + 1]

@@ -14,9 +14,10 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from glm_jax import InputError
+from glm_jax.kernels import ops_for_platform, with_implementations
 from glm_jax.layers import dispatch
 from glm_jax.layers.dispatch import ALL_TO_ALL, DISPATCHES, GATHER, RAGGED, choose_dispatch, run_experts
-from glm_jax.layers.experts import IMPLEMENTATIONS
+from tests.operations import CPU, DENSE
 
 EXPERTS, WIDTH, EMBED, CHOICES = 8, 12, 16, 3
 ALL = ("data", "expert", "tensor")
@@ -74,9 +75,9 @@ def emulated_ragged(
     me = lax.axis_index(axis_name)
     gather = functools.partial(lax.all_gather, axis_name=axis_name)
     rows, starts, sizes, to = gather(operand), gather(starts), gather(sizes), gather(to)
-    mappings = jnp.arange(output.shape[0])
+    slots = jnp.arange(output.shape[0])
     for source in range(rows.shape[0]):
-        offset = mappings - to[source, me]
+        offset = slots - to[source, me]
         hit = (offset >= 0) & (offset < sizes[source, me])
         taken = rows[source].at[starts[source, me] + offset].get(mode="clip")
         output = jnp.where(hit.reshape(-1, *[1] * (output.ndim - 1)), taken, output)
@@ -90,8 +91,7 @@ def ragged_on_cpu(monkeypatch):
 
 def runner(name: str) -> Callable[..., jax.Array]:
     def run(x, ids, weights, gate_up, down):
-        experts = IMPLEMENTATIONS["dense"]
-        return run_experts(x, ids, weights, gate_up=gate_up, down=down, experts=experts, dispatch=name)
+        return run_experts(x, ids, weights, gate_up=gate_up, down=down, ops=DENSE, dispatch=name)
 
     return run
 
@@ -120,17 +120,15 @@ def test_values_and_gradients(mesh_of_sizes, name, layout):
                 np.testing.assert_allclose(one, two, atol=1e-4)
 
 
-@pytest.mark.parametrize("implementation", ["blocks", "ragged"])
+@pytest.mark.parametrize("implementation", ["block_gmm", "ragged", "expert_loop"])
 @pytest.mark.parametrize("name", [GATHER, ALL_TO_ALL])
 def test_sorted_implementations_have_gradients_on_a_mesh(mesh_of_sizes, name, implementation):
     arrays, (sizes, axes) = case(2), LAYOUTS["replicas"]
     mesh = mesh_of_sizes(sizes)
 
     def value(x, ids, weights, gate_up, down):
-        experts = IMPLEMENTATIONS[implementation]
-        return jnp.sum(
-            jnp.sin(run_experts(x, ids, weights, gate_up=gate_up, down=down, experts=experts, dispatch=name))
-        )
+        ops = with_implementations(CPU, experts=implementation)
+        return jnp.sum(jnp.sin(run_experts(x, ids, weights, gate_up=gate_up, down=down, ops=ops, dispatch=name)))
 
     with jax.set_mesh(mesh):
         gradients = jax.jit(jax.grad(value, argnums=(0, 2, 3, 4)))(*placed(mesh, axes, arrays))
@@ -151,12 +149,16 @@ def test_the_ragged_exchange_lowers_where_it_exists(monkeypatch, mesh_of_sizes, 
 
 
 def test_the_choice():
-    assert choose_dispatch("tpu", 64, 16) == choose_dispatch("cpu", 10**6, 1) == GATHER
-    assert choose_dispatch("tpu", 10**5, 16) == choose_dispatch("gpu", 10**5, 2) == RAGGED
-    assert choose_dispatch("cpu", 10**5, 16) == ALL_TO_ALL
+    assert choose_dispatch(RAGGED, 64, 16) == choose_dispatch(ALL_TO_ALL, 10**6, 1) == GATHER
+    assert choose_dispatch(RAGGED, 10**5, 16) == RAGGED
+    assert {name: ops_for_platform(name).exchange for name in ("cpu", "gpu", "tpu")} == {
+        "cpu": ALL_TO_ALL,
+        "gpu": RAGGED,
+        "tpu": RAGGED,
+    }
 
 
 def test_an_unknown_way_is_refused():
     x, ids, weights, gate_up, down = map(jnp.asarray, case(0))
     with pytest.raises(InputError, match="'ring' is not known; right would be one of gather, all_to_all"):
-        run_experts(x, ids, weights, gate_up=gate_up, down=down, experts=IMPLEMENTATIONS["dense"], dispatch="ring")
+        run_experts(x, ids, weights, gate_up=gate_up, down=down, ops=DENSE, dispatch="ring")

@@ -8,8 +8,8 @@ import pytest
 
 from glm_jax import configs
 from glm_jax.inference import generate
-from glm_jax.model import Transformer, create_cache
-from glm_jax.model import cache as cache_module
+from glm_jax.kernels import ops_for_platform
+from glm_jax.model import Transformer, allocate, create_cache
 from glm_jax.planning import Job
 from glm_jax.planning.meshes import abstract_mesh
 from glm_jax.planning.placement import abstract_model, cache_parts
@@ -32,9 +32,9 @@ def test_lanes_that_hold_nothing_change_nothing(monkeypatch, one_device, stacked
     model = Transformer.create(configs.get("tiny-deepseek"), mesh=one_device, stacked=stacked)
     prompts = [[1, 2, 3, 4, 5], [6, 7]]
     expected = generate(model, prompts, max_new_tokens=12)
-    monkeypatch.setattr(cache_module, "platform", lambda mesh: "tpu")
+    monkeypatch.setattr(allocate, "ops_for", lambda mesh: ops_for_platform("tpu"))
     with jax.set_mesh(model.mesh):
         rows = [leaf.shape[-1] for leaf in jax.tree.leaves(create_cache(model, 2, 32))]
-    assert set(rows) == {cache_module.TPU_LANES}
+    assert set(rows) == {ops_for_platform("tpu").storage.latent_multiple}
     wide = generate(model, prompts, max_new_tokens=12)
     np.testing.assert_array_equal(wide, expected)

@@ -1,15 +1,18 @@
-"""Projections of few rows, which a CPU takes as a matrix's columns: the same sums, on one device and on several."""
+"""Projections by every `matmul` and storage of a weight: the same sums, on one device and on several."""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm_jax.layers.linear import few_rows, project, project_reduce
-from glm_jax.layers.rows import MAX_COLUMNS
-from glm_jax.sharding import QuantizedArray, make_mesh, spec_of
+from glm_jax.layers.linear import project
+from glm_jax.sharding import QuantizedArray, make_mesh
+from glm_jax.sharding.rules import spec_of
+from tests.operations import CPU, MATMUL
 
 SIZE, HEADS, HEAD = 16, 4, 6
 ROWS = [(1, 1), (1, 2), (2, 1), (3, 1), (1, 4), (2, 3)]
@@ -24,52 +27,42 @@ def arrays(shape: tuple[int, ...]) -> tuple[jax.Array, QuantizedArray, np.ndarra
     return jnp.asarray(plain), QuantizedArray(jnp.asarray(values), jnp.asarray(scale), len(shape) - 1), plain, numbers
 
 
+@pytest.mark.parametrize("name", MATMUL)
 @pytest.mark.parametrize("rows", ROWS, ids=str)
-def test_projections(rows):
+def test_projections(rows, name):
     x = np.random.default_rng(1).normal(size=(*rows, SIZE)).astype(np.float32)
     plain, narrow, plain_numbers, numbers = arrays((10, SIZE))
     for weight, matrix in ((plain, plain_numbers), (narrow, numbers)):
         expected = x @ matrix.T
-        np.testing.assert_allclose(jax.jit(project)(x, weight), expected, atol=1e-5 * np.abs(expected).max())
-        np.testing.assert_allclose(jax.jit(project_reduce)(x, weight), expected, atol=1e-5 * np.abs(expected).max())
+        for row_parallel in (False, True):
+            product = jax.jit(functools.partial(project, ops=MATMUL[name], row_parallel=row_parallel))
+            np.testing.assert_allclose(product(x, weight), expected, atol=1e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("rows", ROWS, ids=str)
-def test_split_over_devices(rows):
+@pytest.mark.parametrize("name", MATMUL)
+@pytest.mark.parametrize("rows", [(1, 1), (2, 3)], ids=str)
+def test_split_over_devices(rows, name):
     """Heads as outputs, then as inputs whose products are summed over the devices; sequences split too."""
     rng = np.random.default_rng(2)
     q, o = (rng.normal(size=shape).astype(np.float32) for shape in ((HEADS, HEAD, SIZE), (SIZE, HEADS, HEAD)))
     x = rng.normal(size=(*rows, SIZE)).astype(np.float32)
     sizes = {"data": 2 if rows[0] == 2 else 1, "tensor": 2}
     mesh = make_mesh(**sizes, devices=jax.devices()[: sizes["data"] * sizes["tensor"]])
+    ops = MATMUL[name]
     with jax.set_mesh(mesh):
         placed = [
             jax.device_put(array, jax.NamedSharding(mesh, spec))
             for array, spec in ((x, spec_of("data")), (q, spec_of("tensor")), (o, spec_of(None, "tensor")))
         ]
-        out = jax.jit(lambda x, q, o: project_reduce(project(x, q), o))(*placed)
+        out = jax.jit(lambda x, q, o: project(project(x, q, ops), o, ops, row_parallel=True))(*placed)
     expected = np.einsum("btnh,dnh->btd", np.einsum("btd,nhd->btnh", x, q), o)
     np.testing.assert_allclose(out, expected, atol=1e-5 * np.abs(expected).max())
-
-
-def test_which_rows_are_few():
-    counts = {rows: few_rows(jnp.zeros((1, rows, SIZE))) for rows in (1, 2, MAX_COLUMNS, MAX_COLUMNS + 1)}
-    assert counts == {1: False, 2: True, MAX_COLUMNS: True, MAX_COLUMNS + 1: False}
-    assert not few_rows(jnp.zeros((1, 2, SIZE), jnp.bfloat16))
-
-
-@pytest.mark.parametrize("rows", [2, 8])
-def test_the_weight_is_not_turned_round(rows):
-    """What makes it fast: a product of the weight by columns, as XLA compiles it."""
-    x, weight = jax.ShapeDtypeStruct((1, rows, 128), jnp.float32), jax.ShapeDtypeStruct((384, 128), jnp.float32)
-    text = jax.jit(project).lower(x, weight).compile().as_text()
-    assert f"f32[384,{rows}]" in text and f"f32[{rows},384]{{1,0}} dot" not in text
 
 
 def test_gradient_of_few_rows():
     x, weight = np.random.default_rng(0).normal(size=(1, 3, SIZE)), np.random.default_rng(1).normal(size=(5, SIZE))
     x, weight = x.astype(np.float32), weight.astype(np.float32)
-    ours = jax.grad(lambda x, w: jnp.sum(project(x, w) ** 2), argnums=(0, 1))(x, weight)
+    ours = jax.grad(lambda x, w: jnp.sum(project(x, w, CPU) ** 2), argnums=(0, 1))(x, weight)
     made = 2 * (x @ weight.T)
     np.testing.assert_allclose(ours[0], made @ weight, rtol=1e-4)
     np.testing.assert_allclose(ours[1], made[0].T @ x[0], rtol=1e-4)

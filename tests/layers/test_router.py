@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 
 from glm_jax.configs import MoeConfig
 from glm_jax.layers.router import Router
+from tests.operations import CPU
 
 EXPERTS, WIDTH = 32, 16
 
@@ -49,7 +52,7 @@ def by_numpy(config: MoeConfig, x: np.ndarray, weight: np.ndarray, bias: np.ndar
 
 
 def routed(config: MoeConfig, x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> list[dict]:
-    out = jax.jit(filled(config, weight, bias).__call__)(jnp.asarray(x))
+    out = jax.jit(functools.partial(filled(config, weight, bias), ops=CPU))(jnp.asarray(x))
     ids, weights = np.asarray(out.ids).reshape(len(x[0]), -1), np.asarray(out.weights).reshape(len(x[0]), -1)
     return [dict(zip(i.tolist(), w.tolist(), strict=True)) for i, w in zip(ids, weights, strict=True)]
 

@@ -11,6 +11,7 @@ import pytest
 
 import glm_jax
 from glm_jax import configs
+from glm_jax.sharding import PackedBfloat16
 from tests import decoding, oracle, published
 
 LIMIT = 1e-4  # largest difference of the logits, in standard deviations of the reference's
@@ -135,7 +136,7 @@ def test_the_correction_bias_stays_float32_in_a_bfloat16_run(tmp_path, one_devic
             bias = np.asarray(layer.moe.router.bias[...])
             assert bias.dtype == np.float32
             np.testing.assert_array_equal(bias, arrays[f"model.layers.{number}.{published.BIAS}"])
-            assert layer.attention.q[...].bits  # as a CPU holds bfloat16
+            assert isinstance(layer.attention.q[...], PackedBfloat16)  # as a CPU holds bfloat16
 
 
 def test_bfloat16_is_as_near_to_float32_as_that_of_transformers(tmp_path, one_device):

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from glm_jax import configs
-from glm_jax.layers.step import Kernels
-from glm_jax.model.transformer import forward, in_form, runtime_model
+from glm_jax.model.transformer import forward, runtime_model, with_layer_layout
 from glm_jax.planning.job import Job
 from glm_jax.planning.memory import Optimizer, measure
 from glm_jax.planning.meshes import abstract_mesh
@@ -55,13 +54,13 @@ def compiled_collectives(text: str) -> Counter[str]:
 )
 def test_collectives_are_those_of_the_compiled_program(mesh_of_sizes, preset, sizes):
     config, mesh, rules = configs.get("tiny-glm"), mesh_of_sizes(sizes), rules_named(preset)
-    abstract = in_form(runtime_model(config, mesh, dtype=jnp.float32, rules=rules), stacked=False)
+    abstract = with_layer_layout(runtime_model(config, mesh, dtype=jnp.float32, rules=rules), stacked=False)
     model = with_shardings(abstract, mesh, rules)
     placing = batch_sharding(BATCH, mesh, rules, length=LENGTH)
     tokens = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32, sharding=placing)
 
     def hidden(model, tokens):
-        return forward(model, tokens, mtp=False, kernels=Kernels()).hidden
+        return forward(model, tokens, mtp=False).hidden
 
     with jax.set_mesh(mesh):
         found = compiled_collectives(jax.jit(hidden).lower(model, tokens).compile().as_text())

@@ -12,13 +12,12 @@ import pytest
 
 import glm_jax
 from glm_jax import ShardingError
-from glm_jax.layers.step import Kernels
 from glm_jax.model import create_cache
 from tests import decoding, published
+from tests.operations import DENSE
 
 MESHES = {"1x8x1": (1, 8, 1), "1x1x8": (1, 1, 8), "2x2x2": (2, 2, 2), "8x1x1": (8, 1, 1)}
 FAMILIES = ["deepseek_v3", "kimi_k2", "glm4_moe_lite"]
-DENSE = Kernels(experts="dense")  # the cheapest implementation to compile
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +46,12 @@ def test_logits_prefill_and_decode(checkpoint, single, mesh_of_sizes, model_type
     one, model = single(model_type), glm_jax.load(checkpoint(model_type), mesh=mesh_of_sizes(sizes), stacked=False)
     tokens = random_tokens(4, 9)
     has_mtp = one.mtp is not None
-    ours, reference = (m(tokens, mtp=has_mtp, kernels=DENSE) for m in (model, one))
+    ours, reference = (m(tokens, mtp=has_mtp, ops=DENSE) for m in (model, one))
     for name in ("logits", "mtp_logits") if has_mtp else ("logits",):
         left, right = np.asarray(getattr(ours, name)), np.asarray(getattr(reference, name))
         assert np.abs(left - right).max() <= 1e-4 * right.std(), name
     expected = np.asarray(reference.logits)
-    decoded = decoding.teacher_forced(model, tokens, np.array([1, 4, 8, 6]), kernels=DENSE)
+    decoded = decoding.teacher_forced(model, tokens, np.array([1, 4, 8, 6]), ops=DENSE)
     assert np.abs(decoded - expected).max() <= 1e-4 * expected.std()
 
 

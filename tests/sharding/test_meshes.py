@@ -17,19 +17,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import glm_jax
 from glm_jax import Rules, ShardingError
+from glm_jax.kernels import with_implementations
 from glm_jax.layers.dispatch import run_experts
 from glm_jax.layers.experts import IMPLEMENTATIONS
-from glm_jax.layers.step import Kernels
 from glm_jax.model import create_cache
 from glm_jax.sharding import batch_axes, batch_sharding, default_mesh, describe, parse_mesh, weights_by_name
 from tests import decoding, published
+from tests.operations import CPU, DENSE
 from tests.sharding.compiled import collectives
 
 MESHES = {"1x8x1": (1, 8, 1), "1x1x8": (1, 1, 8), "2x2x2": (2, 2, 2), "1x4x2": (1, 4, 2), "8x1x1": (8, 1, 1)}
 SHAPE = {"num_hidden_layers": 2, "num_key_value_heads": 8}
 PROMPTS = [[5], [3, 1, 4], list(range(15)), [7] * 9]
 # The cheapest implementation to compile; the others have tests of their own below.
-DENSE = Kernels(experts="dense")
 SETTINGS = {
     "greedy": {},
     "sampled": {"temperature": 0.8, "seed": 11},
@@ -58,7 +58,7 @@ def random_tokens(batch: int, length: int) -> np.ndarray:
 
 
 def check_equal(sharded: Any, single: Any, tokens: np.ndarray) -> None:
-    left, right = sharded(tokens, mtp=True, kernels=DENSE), single(tokens, mtp=True, kernels=DENSE)
+    left, right = sharded(tokens, mtp=True, ops=DENSE), single(tokens, mtp=True, ops=DENSE)
     for name in ("logits", "mtp_logits"):
         one, two = np.asarray(getattr(left, name)), np.asarray(getattr(right, name))
         assert np.abs(one - two).max() <= 1e-4 * two.std(), name
@@ -67,8 +67,8 @@ def check_equal(sharded: Any, single: Any, tokens: np.ndarray) -> None:
 def check_decode(sharded: Any, single: Any) -> None:
     """Prefill and decode of unequal rows on many devices give the logits of the whole pass on one."""
     tokens = random_tokens(4, 9)
-    reference = np.asarray(single(tokens, kernels=DENSE).logits)
-    logits = decoding.teacher_forced(sharded, tokens, np.array([1, 4, 8, 6]), kernels=DENSE)
+    reference = np.asarray(single(tokens, ops=DENSE).logits)
+    logits = decoding.teacher_forced(sharded, tokens, np.array([1, 4, 8, 6]), ops=DENSE)
     assert np.abs(logits - reference).max() <= 1e-4 * reference.std()
 
 
@@ -204,7 +204,7 @@ def compiled_step(model: Any, batch: int, room: int, *, length: int = 1) -> Any:
     with jax.set_mesh(model.mesh):
         cache = create_cache(model, batch, room)
         tokens = jax.device_put(np.zeros((batch, length), np.int32), batch_sharding(batch, model.mesh, model.rules))
-        compiled = decoding.run.lower(model, tokens, tokens, cache, fresh=length > 1, kernels=DENSE).compile()
+        compiled = decoding.run.lower(model, tokens, tokens, cache, prefill=length > 1, ops=DENSE).compile()
     return compiled, sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(cache))
 
 
@@ -307,5 +307,5 @@ def test_a_whole_model_with_each_implementation(checkpoint, single, mesh_of_size
     tokens = random_tokens(8, 9)
     model = glm_jax.load(checkpoint, mesh=mesh_of_sizes((1, 4, 2)), stacked=True)
     reference = np.asarray(single(tokens).logits)
-    logits = np.asarray(model(tokens, kernels=Kernels(experts=name)).logits)
+    logits = np.asarray(model(tokens, ops=with_implementations(CPU, experts=name)).logits)
     assert np.abs(logits - reference).max() <= 1e-4 * reference.std()

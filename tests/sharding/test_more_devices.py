@@ -15,11 +15,11 @@ import dataclasses, functools, sys
 import jax, jax.numpy as jnp, numpy as np
 import glm_jax
 from glm_jax import configs
-from glm_jax.layers.step import Kernels
 from glm_jax.model.transformer import Transformer, forward
 from glm_jax.sharding import rules_named
 from glm_jax.training import Batch, language_model_loss, place
 from glm_jax.training.step import values_by_name
+from tests.operations import EXCHANGE
 
 preset, sizes = sys.argv[1], [int(n) for n in sys.argv[2].split(",")]
 base = configs.get("tiny-glm")
@@ -30,8 +30,8 @@ tokens = np.random.default_rng(0).integers(0, config.vocab_size, (16, 16)).astyp
 mask = np.ones(tokens.shape, bool)
 
 def loss(model, batch):
-    kernels = Kernels(experts="dense", dispatch="all_to_all")
-    output = forward(model, batch.tokens, mtp=True, kernels=kernels, remat=True, keep_rows=True)
+    ops = EXCHANGE
+    output = forward(model, batch.tokens, mtp=True, ops=ops, remat=True, keep_last=True)
     return language_model_loss(output, batch, mtp_weight=0.3).loss, output.logits
 
 results = []

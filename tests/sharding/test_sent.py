@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 import glm_jax
-from glm_jax.layers.step import Kernels
+from glm_jax.kernels import Ops
 from glm_jax.model import create_cache
 from glm_jax.sharding import batch_sharding, rules_named, weights_by_name
 from glm_jax.training import place
 from tests import decoding, published
+from tests.operations import DENSE, EXCHANGE
 from tests.sharding.compiled import collectives
 from tests.sharding.test_strategies import FAMILIES, training_batch, training_loss
 
-DENSE = Kernels(experts="dense")
 BATCH, ROOM, PROMPT = 8, 64, 16
 MESH = (2, 2, 2)
 HIDDEN, VOCABULARY, CHOICES = (published.BASE[key] for key in ("hidden_size", "vocab_size", "num_experts_per_tok"))
@@ -49,13 +49,13 @@ def loaded(tmp_path_factory, mesh_of_sizes) -> Any:
     return load
 
 
-def step(model: Any, length: int, kernels: Kernels = DENSE) -> list[tuple[str, int]]:
+def step(model: Any, length: int, ops: Ops = DENSE) -> list[tuple[str, int]]:
     """What one step of `length` tokens a sequence sends."""
     with jax.set_mesh(model.mesh):
         cache = create_cache(model, BATCH, ROOM)
         placing = batch_sharding(BATCH, model.mesh, model.rules, length=length)
         tokens = jax.device_put(np.zeros((BATCH, length), np.int32), placing)
-        lowered = decoding.run.lower(model, tokens, tokens, cache, fresh=length > 1, kernels=kernels)
+        lowered = decoding.run.lower(model, tokens, tokens, cache, prefill=length > 1, ops=ops)
         return collectives(lowered.compile())
 
 
@@ -72,7 +72,7 @@ def test_a_decode_step_sends_tokens_and_no_weights(loaded, model_type, preset):
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_prefill_of_serve_throughput_exchanges_rows_and_nothing_else(loaded, model_type):
     """Rows to the experts, their experts, and results back; buffers hold a quarter more than even routing."""
-    sent = step(loaded(model_type, "serve_throughput"), PROMPT, Kernels(experts="dense", dispatch="all_to_all"))
+    sent = step(loaded(model_type, "serve_throughput"), PROMPT, EXCHANGE)
     exchanged = [elements for kind, elements in sent if kind == "all-to-all"]
     tokens = BATCH * PROMPT // 8
     assert len(exchanged) == 3 and max(exchanged) <= 1.25 * 1.6 * tokens * CHOICES * HIDDEN

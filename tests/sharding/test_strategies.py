@@ -13,17 +13,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import glm_jax
 from glm_jax import Rules, ShardingError, configs
-from glm_jax.layers.step import Kernels
-from glm_jax.model.transformer import forward, in_form, runtime_model
+from glm_jax.kernels import Ops
+from glm_jax.model.transformer import forward, runtime_model, with_layer_layout
 from glm_jax.sharding import PRESETS, QuantizedArray, map_weights, rules_named, with_shardings
 from glm_jax.training import Batch, language_model_loss, place
 from glm_jax.training.step import values_by_name
 from tests import decoding, published
+from tests.operations import DENSE, EXCHANGE
 
 FAMILIES = ["glm4_moe", "deepseek_v3"]
 SIZES = {"serve_latency": (2, 2, 2), "serve_throughput": (2, 2, 2), "train": (2, 2, 2), "long_context": (2, 2, 2)}
-DENSE = Kernels(experts="dense")  # the cheapest implementation to compile
-EXCHANGE = Kernels(experts="dense", dispatch="all_to_all")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +50,7 @@ def expected(single) -> Any:
 
     @functools.cache
     def run(model_type: str, batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        out = single(model_type)(random_tokens(batch, length), mtp=True, kernels=DENSE)
+        out = single(model_type)(random_tokens(batch, length), mtp=True, ops=DENSE)
         return np.asarray(out.logits), np.asarray(out.mtp_logits)
 
     return run
@@ -74,7 +73,7 @@ def check_equal(actual: Any, reference: np.ndarray, what: str = "") -> None:
 @pytest.mark.parametrize("preset", SIZES)
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_logits_and_mtp_logits(sharded, expected, model_type, preset):
-    out = sharded(model_type, preset)(random_tokens(8, 16), mtp=True, kernels=DENSE)
+    out = sharded(model_type, preset)(random_tokens(8, 16), mtp=True, ops=DENSE)
     logits, mtp_logits = expected(model_type, 8, 16)
     check_equal(out.logits, logits)
     check_equal(out.mtp_logits, mtp_logits)
@@ -86,20 +85,20 @@ def test_prefill_and_decode(sharded, expected, model_type, preset):
     """Rows of unequal length, and at last a batch that no axis divides."""
     for batch, lengths in ((8, [1, 4, 16, 6, 2, 9, 8, 3]), (1, [8])):
         logits = decoding.teacher_forced(
-            sharded(model_type, preset), random_tokens(batch, 16), np.array(lengths), kernels=DENSE
+            sharded(model_type, preset), random_tokens(batch, 16), np.array(lengths), ops=DENSE
         )
         check_equal(logits, expected(model_type, batch, 16)[0])
 
 
-def training_loss(model: Any, batch: Batch, *, kernels: Kernels = EXCHANGE) -> jax.Array:
+def training_loss(model: Any, batch: Batch, *, ops: Ops = EXCHANGE) -> jax.Array:
     """The loss of a training step, each layer computed anew in the backward pass."""
-    output = forward(model, batch.tokens, mtp=True, kernels=kernels, remat=True, keep_rows=True)
+    output = forward(model, batch.tokens, mtp=True, ops=ops, remat=True, keep_last=True)
     return language_model_loss(output, batch, mtp_weight=0.3).loss
 
 
-def loss_gradient(model: Any, batch: Batch, kernels: Kernels) -> tuple[float, dict[str, jax.Array]]:
+def loss_gradient(model: Any, batch: Batch, ops: Ops) -> tuple[float, dict[str, jax.Array]]:
     with jax.set_mesh(model.mesh):
-        loss = jax.jit(jax.value_and_grad(functools.partial(training_loss, kernels=kernels)))
+        loss = jax.jit(jax.value_and_grad(functools.partial(training_loss, ops=ops)))
         value, gradient = loss(model, place(batch, model.mesh, model.rules))
     return float(value), values_by_name(gradient)
 
@@ -136,8 +135,8 @@ def test_own_rules(checkpoint, expected, mesh_of_sizes, model_type):
     experts = ("expert", "tensor")
     rules = Rules(heads=("tensor",), kv_heads=("tensor",), expert=experts, mlp=(), fsdp=("data",))
     model = glm_jax.load(checkpoint(model_type), mesh=mesh_of_sizes((2, 2, 2)), rules=rules, stacked=False)
-    for kernels in (DENSE, EXCHANGE):
-        check_equal(model(random_tokens(8, 16), kernels=kernels).logits, expected(model_type, 8, 16)[0])
+    for ops in (DENSE, EXCHANGE):
+        check_equal(model(random_tokens(8, 16), ops=ops).logits, expected(model_type, 8, 16)[0])
 
 
 FORMS = {"glm4_moe": (np.int8, None), "deepseek_v3": ("int4", 8)}  # per channel, in groups
@@ -149,13 +148,13 @@ def quantized(model: Any, form: tuple[Any, int | None]) -> tuple[Any, Any]:
 
     def of(name: str, weight: Any) -> Any:
         value, rng = weight.get_raw_value(), np.random.default_rng(len(name))
-        if not weight.inputs:
+        if not weight.contracting_dims:
             return jax.numpy.asarray(rng.normal(1, 0.3, value.shape), value.dtype)
-        outputs, inputs = value.shape[: -weight.inputs], int(np.prod(value.shape[-weight.inputs :]))
+        outputs, inputs = value.shape[: -weight.contracting_dims], int(np.prod(value.shape[-weight.contracting_dims :]))
         groups = () if group is None else (inputs // group,)
         scale = jax.numpy.asarray(rng.uniform(0.5, 1.5, outputs + groups) * 0.25 * inputs**-0.5, jax.numpy.float32)
         values = jax.numpy.asarray(rng.integers(-7, 8, value.shape), jax.numpy.int8).astype(dtype)
-        return QuantizedArray(values, scale, weight.inputs)
+        return QuantizedArray(values, scale, weight.contracting_dims)
 
     narrow = map_weights(of, model)
     return narrow, map_weights(lambda _, w: wide(w.get_raw_value()), narrow)
@@ -171,14 +170,14 @@ def test_quantised_weights(checkpoint, mesh_of_sizes, one_device, model_type, pr
     """A prompt gathers matrices that are kept apart, a decode step moves tokens: with their scales, both are exact."""
     config = configs.from_hf(checkpoint(model_type))
     mesh, rules, tokens = mesh_of_sizes(SIZES[preset]), rules_named(preset), random_tokens(8, 8)
-    abstract = in_form(runtime_model(config, mesh, dtype=np.float32, rules=rules), stacked=False)
+    abstract = with_layer_layout(runtime_model(config, mesh, dtype=np.float32, rules=rules), stacked=False)
     narrow, reference = quantized(abstract, FORMS[model_type])
     placed = with_shardings(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), narrow), mesh, rules)
     ours = jax.tree.map(lambda a, target: jax.device_put(a, target.sharding), narrow, placed)
     single = jax.device_put(reference, NamedSharding(one_device, PartitionSpec()))
-    expected = np.asarray(single(tokens, kernels=DENSE).logits)
-    check_equal(ours(tokens, kernels=EXCHANGE).logits, expected)
-    check_equal(decoding.teacher_forced(ours, tokens, np.full(8, 7), kernels=DENSE), expected)
+    expected = np.asarray(single(tokens, ops=DENSE).logits)
+    check_equal(ours(tokens, ops=EXCHANGE).logits, expected)
+    check_equal(decoding.teacher_forced(ours, tokens, np.full(8, 7), ops=DENSE), expected)
 
 
 def test_presets_are_known_by_name():

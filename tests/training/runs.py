@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from glm_jax import configs
-from glm_jax.layers.step import Kernels
 from glm_jax.model import Transformer
 from glm_jax.training import Batch, OptimizerConfig, build_optimizer, build_step, create_state, place
+from tests.operations import DENSE
 
 TINY = dataclasses.replace(configs.get("tiny-glm"), num_layers=2)
 OPTIMIZER = OptimizerConfig(muon_rate=0.01, adam_rate=3e-3, steps=20, warmup_steps=1)
@@ -25,7 +25,7 @@ def build(mesh, rules=None, **changes):
     config = dataclasses.replace(TINY, **changes)
     model = Transformer.create(config, mesh=mesh, rules=rules, dtype=jnp.float32, stacked=True)
     optimizer = build_optimizer(model, OPTIMIZER)
-    return create_state(model, optimizer), build_step(optimizer, bias_rate=0.01, kernels=Kernels(experts="dense"))
+    return create_state(model, optimizer), build_step(optimizer, bias_rate=0.01, ops=DENSE)
 
 
 def train(mesh, step, state, *, batch=BATCH, steps=4):

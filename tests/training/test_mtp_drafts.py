@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from glm_jax import InputError, configs
-from glm_jax.layers.step import Kernels
 from glm_jax.model import Transformer
 from glm_jax.model.transformer import forward
 from glm_jax.sharding import rules_named
@@ -24,9 +23,9 @@ from glm_jax.training import (
     place,
 )
 from glm_jax.training.mtp_drafts import mtp_draft_logits
+from tests.operations import DENSE
 
 TINY = dataclasses.replace(configs.get("tiny-glm"), num_layers=2)
-KERNELS = Kernels(experts="dense")
 LENGTH = 9
 TOKENS = np.random.default_rng(0).integers(0, 64, (4, LENGTH)).astype(np.int32)
 BATCH = Batch(TOKENS, TOKENS % 3 > 0, np.ones_like(TOKENS, np.bool_))
@@ -42,8 +41,8 @@ def passes(model, tokens, drafts, *, remat=False):
 
     @jax.jit
     def run(model, tokens):
-        output = forward(model, tokens, mtp=True, kernels=KERNELS)
-        return output, mtp_draft_logits(model, tokens, output, drafts=drafts, kernels=KERNELS, remat=remat)
+        output = forward(model, tokens, mtp=True, ops=DENSE)
+        return output, mtp_draft_logits(model, tokens, output, drafts=drafts, ops=DENSE, remat=remat)
 
     with jax.set_mesh(model.mesh):
         return run(model, jnp.asarray(tokens))
@@ -57,9 +56,9 @@ def test_each_draft_is_the_layer_on_the_output_before_it(model, remat):
     with jax.set_mesh(model.mesh):
         for distance, rows in enumerate(draft_logits, 2):
             length = LENGTH - distance
-            step = model.step(jnp.tile(jnp.arange(length), (4, 1)), fresh=True, kernels=KERNELS)
+            context = model.context(jnp.tile(jnp.arange(length), (4, 1)), prefill=True, ops=DENSE)
             embedded = model.embedding(jnp.asarray(TOKENS[:, distance:]))
-            states, _, _ = model.mtp(embedded, states[:, :length], step, None)
+            states, _, _ = model.mtp(embedded, states[:, :length], context, None)
             np.testing.assert_allclose(rows, model.logits(states), atol=1e-4)
 
 
@@ -90,7 +89,7 @@ def test_a_step_learns_them(one_device):
     for drafts in (1, 3):
         model = Transformer.create(TINY, mesh=one_device, dtype=jnp.float32, stacked=True)
         optimizer = build_optimizer(model, OptimizerConfig(muon_rate=0.01, adam_rate=3e-3, steps=20, warmup_steps=1))
-        step = build_step(optimizer, mtp_drafts=drafts, mtp_weight=1.0, kernels=KERNELS)
+        step = build_step(optimizer, mtp_drafts=drafts, mtp_weight=1.0, ops=DENSE)
         state = create_state(model, optimizer)
         with jax.set_mesh(one_device):
             for _ in range(8):
@@ -106,7 +105,7 @@ def test_what_cannot_be(model, mesh_of_sizes):
         build_step(optimizer, mtp_drafts=0)
     mesh, rules = mesh_of_sizes((1, 4, 2)), rules_named("long_context")
     split = Transformer.create(TINY, mesh=mesh, rules=rules, dtype=jnp.float32, stacked=True)
-    step = build_step(optimizer, mtp_drafts=2, kernels=KERNELS)
+    step = build_step(optimizer, mtp_drafts=2, ops=DENSE)
     batch = Batch(*(np.tile(rows, (1, 2))[:, :16] for rows in dataclasses.astuple(BATCH)))
     with jax.set_mesh(mesh), pytest.raises(InputError, match="mtp_drafts 2 needs whole sequences"):
         step(create_state(split, optimizer), place(batch, mesh, rules))

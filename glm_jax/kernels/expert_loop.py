@@ -4,90 +4,80 @@ XLA's CPU backend copies a slice of a stacked weight before it multiplies with i
 neighbour, and pays page faults for large temporary arrays. The forms here go round that:
 
     one token       a loop over its K choices. A product of one row is the one that XLA fuses with the slice: the
-                    weights stream from memory once, uncopied, on all cores (`rows.multiply_row`).
+                    weights stream from memory once, uncopied, on all cores (`cpu.multiply_row`).
     more tokens     experts sorted by how many rows chose them, and one loop for each bucket of row counts. A switch
                     on the bucket inside a single loop would copy the output at every turn.
-        few rows    the product as a sum of elementwise products of narrow column strips (`_strips`): fused with the
-                    slice, vectorised, on all cores. Up to twice as fast as copy and product, up to 4 rows.
+        few rows    the product as a sum of elementwise products of narrow column strips: fused with the slice,
+                    vectorised, on all cores. Up to twice as fast as copy and product, up to 4 rows.
         many rows   copy and product: the copy is small beside the arithmetic.
 
-The trip counts depend on the routing, so this has no reverse derivative. Experts that stay in the cache cost little to
-read again: a few tokens take them choice by choice (`single_experts`). A product of one vector has a third of the speed
-of one of many rows, but a token chooses a quarter of the experts or fewer.
+The trip counts depend on the routing, so that the loops have no reverse derivative: that is `block_gmm`'s.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from glm_jax.layers.mlp import swiglu
-from glm_jax.layers.quantized import merge_outputs
-from glm_jax.layers.rows import count_strips, multiply_row, multiply_rows, multiply_strips, take
-from glm_jax.sharding import QuantizedArray, WeightArray
+from glm_jax.kernels.cpu import count_strips, multiply_row, multiply_rows, multiply_strips
+from glm_jax.kernels.grouped import block_gmm_experts, is_local, sort_order
+from glm_jax.kernels.quantized import merge_dims
+from glm_jax.kernels.reference import swiglu
+from glm_jax.sharding import WeightArray
 
 Product = Callable[[jax.Array, WeightArray, jax.Array], jax.Array]
 Weights = tuple[WeightArray, WeightArray]
 
 STRIP_ROWS = (2, 4)  # buckets multiplied by strips; from there on the copy is small beside the rest
-MAX_COPIED_COLUMNS = 32  # rows up to which a copy multiplies them faster as its columns; beyond, it is turned round
+MAX_COPIED_ROWS = 32  # rows up to which a copied matrix multiplies them faster from the left
 MIN_MANY_ROWS = 8  # the smallest bucket of long prompts, and from which on there is one between two powers of two
 MIN_STRIP_BYTES = 1 << 18  # an expert's matrix below this stays in the cache, copy and all
 MAX_FEW_TOKENS = 64  # up to here all strip buckets are compiled
 
 
-def switch_experts(
+def expert_loop(
     x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, *, gate_up_E2FD: WeightArray, down_EDF: WeightArray
 ) -> jax.Array:
-    """Weighted sum of the chosen local experts of each token; exact, no row is dropped.
+    """As `reference.dense_experts`, exact: no row is dropped, and none is computed for an expert it did not choose.
 
-    Args:
-        x_TD: the tokens.
-        ids_TK: experts chosen, no local one twice by a token; an id outside 0..E-1 is an expert of another device and
-            adds nothing.
-        weights_TK: the weight of each choice.
-        gate_up_E2FD: gate and up projections, [out, in].
-        down_EDF: down projections, [out, in].
-
-    Returns:
-        y_TD in the dtype of x, accumulated in float32.
+    No token may choose a local expert twice.
     """
-    weights_TK = weights_TK.astype(jnp.float32)
-    weights = (merge_outputs(gate_up_E2FD, 1, 2), down_EDF)
+    return _differentiable(x_TD, ids_TK, weights_TK, (gate_up_E2FD, down_EDF))
+
+
+@jax.custom_vjp
+def _differentiable(x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, weights: Weights) -> jax.Array:
+    matrices = (merge_dims(weights[0], 1, 2), weights[1])
     run = _one_token if x_TD.shape[0] == 1 else _many_tokens
-    return run(x_TD, ids_TK, weights_TK, weights).astype(x_TD.dtype)
+    return run(x_TD, ids_TK, weights_TK.astype(jnp.float32), matrices).astype(x_TD.dtype)
 
 
-def single_experts(
-    x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, *, gate_up_E2FD: WeightArray, down_EDF: WeightArray
-) -> jax.Array:
-    """As `switch_experts`, each choice of each token by itself: few tokens, and experts that stay in the cache.
+def _forward(*operands: Any) -> tuple[jax.Array, Any]:
+    return _differentiable(*operands), operands
 
-    The number of turns is fixed, so this has a derivative.
-    """
-    weights = (merge_outputs(gate_up_E2FD, 1, 2), down_EDF)
-    choices = ids_TK.shape[1]
-    local = _is_local(ids_TK, down_EDF.shape[0])  # those of other devices are computed, with a weight of 0
-    ids = jnp.where(local, ids_TK, 0).reshape(-1)
-    shares = jnp.where(local, weights_TK.astype(jnp.float32), 0.0).reshape(-1)
 
-    def choice(i: jax.Array, total: jax.Array) -> jax.Array:
-        token = i // choices
-        x = lax.dynamic_slice_in_dim(x_TD, token, 1)
-        row = lax.dynamic_slice_in_dim(total, token, 1) + shares[i] * _expert(multiply_row, weights, ids[i], x)
-        return lax.dynamic_update_slice_in_dim(total, row, token, 0)
+def _backward(operands: Any, gradient: jax.Array) -> tuple[Any, ...]:
+    x_TD, ids_TK, weights_TK, weights = operands
 
-    total = _zeros(x_TD, ids_TK, weights_TK, *weights)
-    return lax.fori_loop(0, ids.size, choice, total).astype(x_TD.dtype)
+    def with_derivative(x: jax.Array, weights_TK: jax.Array, weights: Weights) -> jax.Array:
+        return block_gmm_experts(x, ids_TK, weights_TK, gate_up_E2FD=weights[0], down_EDF=weights[1])
+
+    _, pull_back = jax.vjp(with_derivative, x_TD, weights_TK, weights)
+    of_x, of_weights_TK, of_weights = pull_back(gradient)
+    return of_x, None, of_weights_TK, of_weights
+
+
+_differentiable.defvjp(_forward, _backward)
 
 
 def _one_token(x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, weights: Weights) -> jax.Array:
     """One choice after the other; those of other devices come last and are not computed."""
-    local = _is_local(ids_TK, weights[1].shape[0])
+    local = is_local(ids_TK, weights[1].shape[0])
     order = jnp.argsort(~local[0], stable=True)
 
     def choice(i: jax.Array, total: jax.Array) -> jax.Array:
@@ -101,13 +91,13 @@ def _one_token(x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, weight
 def _many_tokens(x_TD: jax.Array, ids_TK: jax.Array, weights_TK: jax.Array, weights: Weights) -> jax.Array:
     """For each bucket of row counts, a loop over the experts in it."""
     (tokens, choices), experts = ids_TK.shape, weights[1].shape[0]
-    expert_of_row = jnp.where(_is_local(ids_TK, experts), ids_TK, experts).reshape(-1)
+    expert_of_row = jnp.where(is_local(ids_TK, experts), ids_TK, experts).reshape(-1)
     counts = jnp.sum(expert_of_row[:, None] == jnp.arange(experts), axis=0, dtype=jnp.int32)
     starts = jnp.cumsum(counts) - counts
     by_count = jnp.argsort(counts)
     buckets = _buckets(tokens, tokens * choices // experts)
     # Rows by expert, with room for the last expert to read a whole bucket.
-    rows_by_expert = jnp.pad(_stable_order(expert_of_row, experts), (0, buckets[-1]))
+    rows_by_expert = jnp.pad(sort_order(expert_of_row), (0, buckets[-1]))
     weight_of_row = weights_TK.reshape(-1)
     edges = [jnp.sum(counts <= edge, dtype=jnp.int32) for edge in (0, *buckets)]
 
@@ -141,14 +131,6 @@ def _buckets(tokens: int, mean: int) -> tuple[int, ...]:
     return tuple(sizes[: next(i for i, rows in enumerate(sizes) if rows >= tokens) + 1])
 
 
-def _stable_order(keys: jax.Array, highest: int) -> jax.Array:
-    """The stable order of keys [R] in 0..highest. XLA's CPU backend sorts plain numbers four times as fast as pairs."""
-    rows = keys.shape[0]
-    if (highest + 1) * rows > jnp.iinfo(jnp.int32).max:
-        return jnp.argsort(keys, stable=True)
-    return jnp.sort(keys * rows + jnp.arange(rows, dtype=jnp.int32)) % rows
-
-
 def _expert(product: Product, weights: Weights, index: jax.Array, x_RD: jax.Array) -> jax.Array:
     """down(silu(gate(x)) * up(x)) of one expert on rows x, in float32."""
     gate_up, down = weights
@@ -158,23 +140,23 @@ def _expert(product: Product, weights: Weights, index: jax.Array, x_RD: jax.Arra
     return product(hidden, down, index)
 
 
-def _copied(x_RN: jax.Array, weight_EMN: WeightArray, index: jax.Array) -> jax.Array:
-    weight_MN = take(weight_EMN, index)
-    if x_RN.shape[0] > MAX_COPIED_COLUMNS and not isinstance(weight_MN, QuantizedArray):
-        return jnp.matmul(x_RN, weight_MN.T, preferred_element_type=jnp.float32)
-    return multiply_rows(x_RN, weight_MN)
+def _copied(x_RN: jax.Array, w_EMN: WeightArray, index: jax.Array) -> jax.Array:
+    def take(array: jax.Array) -> jax.Array:
+        return lax.dynamic_index_in_dim(array, index, keepdims=False)
+
+    if not isinstance(w_EMN, jax.Array):
+        return multiply_rows(x_RN, w_EMN.map(take))
+    if x_RN.shape[0] > MAX_COPIED_ROWS:
+        return jnp.matmul(x_RN, take(w_EMN).T, preferred_element_type=jnp.float32)
+    return multiply_rows(x_RN, take(w_EMN))
 
 
-def _strips(x_RN: jax.Array, weight_EMN: WeightArray, index: jax.Array) -> jax.Array:
-    _, outputs, inputs = weight_EMN.shape
-    strips = count_strips(weight_EMN)
-    if strips == 1 or outputs * inputs * weight_EMN.dtype.itemsize < MIN_STRIP_BYTES:
-        return _copied(x_RN, weight_EMN, index)
-    return multiply_strips(x_RN, weight_EMN, index, strips)
-
-
-def _is_local(ids_TK: jax.Array, experts: int) -> jax.Array:
-    return (ids_TK >= 0) & (ids_TK < experts)
+def _strips(x_RN: jax.Array, w_EMN: WeightArray, index: jax.Array) -> jax.Array:
+    _, outputs, inputs = w_EMN.shape
+    strips = count_strips(w_EMN)
+    if strips == 1 or outputs * inputs * w_EMN.dtype.itemsize < MIN_STRIP_BYTES:
+        return _copied(x_RN, w_EMN, index)
+    return multiply_strips(x_RN, w_EMN, index, strips)
 
 
 def _zeros(like: jax.Array, *varying: WeightArray) -> jax.Array:

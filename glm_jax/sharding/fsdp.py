@@ -1,4 +1,4 @@
-"""Products with matrices that are kept apart (`Rules.fsdp`): split along the model's width, over axes of the tokens.
+"""Products with matrices that FSDP splits (`Rules.fsdp`): along the model's width, over axes that split the tokens.
 
 There are two ways, and the number of tokens decides. Many tokens: each device gathers the matrix where it is used, and
 the gradient is summed and split again in one exchange. Few tokens: the matrix stays where it is, and the tokens move.
@@ -17,11 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from glm_jax.sharding.activation import axes_of, gather_weight
-from glm_jax.sharding.quantized import QuantizedArray, WeightArray
+from glm_jax.sharding.activation import axes_of, gather_weight, is_local, layout_of
+from glm_jax.sharding.quantized import WeightArray, values_of
 from glm_jax.sharding.rules import MeshAxes, spec_of
 
-Layout = Sequence[tuple[jax.Array, int]]
+Layout = Sequence[tuple[WeightArray, int]]
 
 
 def gathering_pays(tokens: int, *, sent: int, matrix: int) -> bool:
@@ -29,19 +29,19 @@ def gathering_pays(tokens: int, *, sent: int, matrix: int) -> bool:
     return tokens * sent >= matrix
 
 
-def multiply_apart(
-    product: Callable[..., jax.Array], x: jax.Array, weight: WeightArray, *, apart: MeshAxes, layout: Layout
+def fsdp_matmul(
+    product: Callable[..., jax.Array], x: jax.Array, weight: WeightArray, *, fsdp: MeshAxes, layout: Layout
 ) -> jax.Array:
-    """product(x [B, T, D], weight [..., D]) of a weight whose last dimension is split over the axes `apart`.
+    """product(x [B, T, D], weight [..., D]) of a weight whose last dimension is split over the axes `fsdp`.
 
     `layout` names for each dimension of the result the operand and dimension whose split it has.
     """
-    runs, gathered = _runs(x, apart), _gathers(x, weight, apart)
+    runs, gathered = _runs(x, fsdp), _gathers(x, weight, fsdp)
     last = weight.ndim - 1
 
     def region(x: jax.Array, weight: WeightArray) -> jax.Array:
         if gathered:
-            return product(x, gather_weight(weight, apart, dimension=last))
+            return product(x, gather_weight(weight, fsdp, dimension=last))
         for axes, dimension in runs:
             if dimension is not None:
                 x = jax.lax.all_to_all(x, axes, split_axis=2, concat_axis=dimension, tiled=True)
@@ -56,27 +56,27 @@ def multiply_apart(
                 y = jax.lax.psum(y, axes)
         return y
 
-    return jax.shard_map(region, out_specs=spec_of(*(axes_of(a, i) for a, i in layout)))(x, weight)
+    return jax.shard_map(region, out_specs=layout_of(layout))(x, weight)
 
 
-def spread_outputs(
+def fsdp_matmul_outputs(
     product: Callable[..., jax.Array],
     x: jax.Array,
     weight: WeightArray,
     *,
-    apart: MeshAxes,
+    fsdp: MeshAxes,
     over: MeshAxes = (),
     dimension: int = 0,
 ) -> jax.Array:
-    """product(x [B, T, ...], weight) -> [B, T, D] of a weight whose `dimension` D is split over the axes `apart`.
+    """product(x [B, T, ...], weight) -> [B, T, D] of a weight whose `dimension` D is split over the axes `fsdp`.
 
     The product is summed over the axes `over`, which split what it sums over.
     """
-    runs, gathered = _runs(x, apart), _gathers(x, weight, apart)
+    runs, gathered = _runs(x, fsdp), _gathers(x, weight, fsdp)
 
     def region(x: jax.Array, weight: WeightArray) -> jax.Array:
         if gathered:
-            y = product(x, gather_weight(weight, apart, dimension=dimension))
+            y = product(x, gather_weight(weight, fsdp, dimension=dimension))
             return jax.lax.psum(y, over) if over else y
         for axes, at in runs:
             if at is not None:
@@ -107,29 +107,26 @@ def _tokens(x: jax.Array) -> dict[str, int]:
     return {axis: dimension for dimension in (0, 1) for axis in axes_of(x, dimension)}
 
 
-def _runs(x: jax.Array, apart: MeshAxes) -> list[tuple[MeshAxes, int | None]]:
+def _runs(x: jax.Array, fsdp: MeshAxes) -> list[tuple[MeshAxes, int | None]]:
     """The axes in runs that split the same dimension of x, or none of it: one exchange is over one run."""
     at = _tokens(x)
-    return [(tuple(run), dimension) for dimension, run in itertools.groupby(apart, at.get)]
+    return [(tuple(run), dimension) for dimension, run in itertools.groupby(fsdp, at.get)]
 
 
-def _gathers(x: jax.Array, weight: WeightArray, apart: MeshAxes) -> bool:
+def _gathers(x: jax.Array, weight: WeightArray, fsdp: MeshAxes) -> bool:
     """Whether the weight is gathered; it never is for tokens that are the same on several of its parts."""
     sizes, at = jax.sharding.get_abstract_mesh().shape, _tokens(x)
-    if any(axis not in at for axis in apart):
+    if any(axis not in at for axis in fsdp):
         return False
-    values = weight.values if isinstance(weight, QuantizedArray) else weight
-    group = math.prod(sizes[axis] for axis in apart)
+    values = values_of(weight)
+    group = math.prod(sizes[axis] for axis in fsdp)
     local = [values.shape[i] // math.prod(sizes[a] for a in axes_of(values, i)) for i in range(values.ndim)]
-    inputs = next(values.shape[i] for i in range(values.ndim) if any(axis in apart for axis in axes_of(values, i)))
+    inputs = next(values.shape[i] for i in range(values.ndim) if any(axis in fsdp for axis in axes_of(values, i)))
     outputs = 1 if x.ndim == 2 else math.prod(local) * group // inputs  # a look-up sends an index
     tokens = x.shape[0] * x.shape[1] * group // math.prod(sizes[axis] for axis in at)
     return gathering_pays(tokens, sent=inputs + outputs, matrix=math.prod(local) * group)
 
 
-def apart_axes(weight: Any, dimension: int) -> MeshAxes:
+def fsdp_axes(weight: Any, dimension: int) -> MeshAxes:
     """The axes over which a dimension of a weight is split; none without a mesh or inside a `shard_map`."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or set(mesh.manual_axes) == set(mesh.axis_names):
-        return ()
-    return axes_of(weight.values if isinstance(weight, QuantizedArray) else weight, dimension)
+    return () if is_local() else axes_of(weight, dimension)

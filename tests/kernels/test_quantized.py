@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from glm_jax.layers import experts_switch, quantized, rows
+from glm_jax.kernels import cpu, expert_loop, quantized, with_implementations
+from glm_jax.kernels.cpu import multiply_row
+from glm_jax.kernels.quantized import absorb_into_query, expand_values
 from glm_jax.layers.dispatch import run_experts
-from glm_jax.layers.experts import IMPLEMENTATIONS
-from glm_jax.layers.linear import project, project_pair, project_reduce
-from glm_jax.layers.quantized import contract_outputs
-from glm_jax.layers.rows import multiply_row
+from glm_jax.layers.linear import project, project_pair
 from glm_jax.sharding import QuantizedArray
+from tests.operations import CPU, EXPERTS, MATMUL
 
 FORMS = {
     "int8": (jnp.int8, None),
@@ -75,10 +75,9 @@ parametrize_reorders = pytest.mark.parametrize("reorders", [True, False], ids=["
 
 @parametrize_form
 @parametrize_reorders
-@pytest.mark.parametrize("inputs", [64, 96, 4096, 5128, 8192])
+@pytest.mark.parametrize("inputs", [64, 96, 4096, 5128])
 def test_one_row_by_a_matrix_of_a_stack(form, inputs, reorders, monkeypatch):
-    """In one part, and in several."""
-    monkeypatch.setattr(rows, "REORDERS_SUMS", reorders)
+    monkeypatch.setattr(cpu, "REORDERS_SUMS", reorders)
     weight, x = random_weight(form, (3, 5, inputs)), random_x(1, inputs)
     multiply = jax.jit(lambda x, weight, index: multiply_row(x, weight, index))
     for index in (0, 2):
@@ -90,7 +89,7 @@ def test_one_row_by_a_matrix_of_a_stack(form, inputs, reorders, monkeypatch):
 @parametrize_reorders
 def test_a_row_is_multiplied_without_writing_the_matrix_out(reorders, monkeypatch):
     """What XLA's CPU backend fuses it does not copy: the compiled program needs no memory beside its results."""
-    monkeypatch.setattr(rows, "REORDERS_SUMS", reorders)
+    monkeypatch.setattr(cpu, "REORDERS_SUMS", reorders)
     x, weights = random_x(1, 5120), random_weight(FORMS["fp8 bits in blocks"], (2, 64, 5120))
     if jax.default_backend() != "cpu":
         pytest.skip("a matter of XLA's CPU backend")
@@ -107,16 +106,16 @@ def test_a_row_is_multiplied_without_writing_the_matrix_out(reorders, monkeypatc
 @pytest.mark.parametrize("tokens", [2, 4, 5])
 def test_experts_of_few_rows(form, tokens, monkeypatch):
     """By strips, which narrow groups of inputs, or part of one, fill."""
-    monkeypatch.setattr(experts_switch, "MIN_STRIP_BYTES", 0)
+    monkeypatch.setattr(expert_loop, "MIN_STRIP_BYTES", 0)
     for group in (form[1] and 32, form[1] and 96):
         gate_up = random_weight((form[0], group), (3, 2, 96, 192))
         down = random_weight((form[0], group), (3, 192, 96), seed=3)
         ids = jnp.zeros((tokens, 1), jnp.int32)
         x, weights = random_x(tokens, 192), jnp.ones((tokens, 1), jnp.float32)
-        run = jax.jit(experts_switch.switch_experts)
+        run = jax.jit(expert_loop.expert_loop)
         ours = run(x, ids, weights, gate_up_E2FD=gate_up, down_EDF=down)
         whole = {"gate_up_E2FD": gate_up.dequantize(), "down_EDF": down.dequantize()}
-        assert_close(ours, IMPLEMENTATIONS["dense"](x, ids, weights, **whole))
+        assert_close(ours, EXPERTS["dense"](x, ids, weights, **whole))
 
 
 @parametrize_form
@@ -125,40 +124,46 @@ def test_einsums(form, one_by_one, monkeypatch):
     if one_by_one:
         monkeypatch.setattr(quantized, "MAX_GROUP_VALUES", 0)
     weight, x = random_weight(form, (3, 6, 16)), random_x(2, 3, 16)
-    ours = jax.jit(quantized.weight_einsum, static_argnums=0)("bed,eod->beo", x, weight)
+    ours = jax.jit(quantized.scaled_einsum, static_argnums=0)("bed,eod->beo", x, weight)
     assert_close(ours, jnp.einsum("bed,eod->beo", x, weight.dequantize()))
 
 
 @parametrize_form
+@pytest.mark.parametrize("name", MATMUL)
 @pytest.mark.parametrize("one_by_one", [False, True], ids=["at once", "one group after the other"])
-def test_projections(form, one_by_one, monkeypatch):
+def test_projections(form, name, one_by_one, monkeypatch):
     if one_by_one:
         monkeypatch.setattr(quantized, "MAX_GROUP_VALUES", 0)
     heads, out = random_weight(form, (4, 6, 16)), random_weight(form, (10, 4, 8), inputs=2)
-    pair, down = random_weight(form, (2, 8, 16)), random_weight(form, (16, 8))
-    x, per_head, wide = random_x(2, 3, 16), random_x(2, 3, 4, 8), random_x(2, 3, 8)
-    assert_close(jax.jit(project)(x, heads), project(x, heads.dequantize()))
-    assert_close(jax.jit(project_reduce)(per_head, out), project_reduce(per_head, out.dequantize()))
-    assert_close(jax.jit(project_reduce)(wide, down), project_reduce(wide, down.dequantize()))
-    for ours, reference in zip(project_pair(x, pair), project_pair(x, pair.dequantize()), strict=True):
+    pair, x, per_head = random_weight(form, (2, 8, 16)), random_x(2, 3, 16), random_x(2, 3, 4, 8)
+    columns = functools.partial(project, ops=MATMUL[name])
+    rows = functools.partial(project, ops=MATMUL[name], row_parallel=True)
+    assert_close(jax.jit(columns)(x, heads), columns(x, heads.dequantize()))
+    assert_close(jax.jit(rows)(per_head, out), rows(per_head, out.dequantize()))
+    references = project_pair(x, pair.dequantize(), MATMUL[name])
+    for ours, reference in zip(project_pair(x, pair, MATMUL[name]), references, strict=True):
         assert_close(ours, reference)
 
 
 @parametrize_form
-def test_a_product_over_the_outputs(form):
-    weight, x = random_weight(form, (4, 6, 16)), random_x(2, 3, 4, 6)
-    assert_close(jax.jit(contract_outputs)(x, weight), contract_outputs(x, weight.dequantize()))
+def test_products_of_latent_attention(form):
+    weight, q, latent = random_weight(form, (4, 9, 16)), random_x(2, 3, 4, 6), random_x(2, 3, 4, 16)
+    whole = weight.dequantize()
+    ours = jax.jit(functools.partial(absorb_into_query, count=6))(q, weight)
+    assert_close(ours, jnp.einsum("btnh,nhr->btnr", q, whole[:, :6]))
+    ours = jax.jit(functools.partial(expand_values, count=3))(latent, weight)
+    assert_close(ours, jnp.einsum("btnr,nhr->btnh", latent, whole[:, 6:]))
 
 
 @parametrize_form
 @pytest.mark.parametrize("tokens", [1, 12])
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", EXPERTS)
 def test_experts(name, tokens, form):
     gate_up, down = random_weight(form, (6, 2, 8, 16)), random_weight(form, (6, 16, 8), seed=3)
     rng = np.random.default_rng(tokens)
     ids = jnp.asarray(np.stack([rng.permutation(6)[:2] for _ in range(tokens)])[:, None], jnp.int32)
     weights = jnp.asarray(rng.uniform(0, 1, (tokens, 1, 2)), jnp.float32)
-    run = jax.jit(functools.partial(run_experts, experts=IMPLEMENTATIONS[name]))
+    run = jax.jit(functools.partial(run_experts, ops=with_implementations(CPU, experts=name)))
     x = random_x(tokens, 1, 16)
     reference = run(x, ids, weights, gate_up=gate_up.dequantize(), down=down.dequantize())
     assert_close(run(x, ids, weights, gate_up=gate_up, down=down), reference)
@@ -176,20 +181,23 @@ def test_projections_over_devices(form, one_by_one, monkeypatch, mesh_of_sizes):
 
     def split(weight: QuantizedArray, *spec: str | None) -> QuantizedArray:
         return QuantizedArray(
-            placed(weight.values, *spec), placed(weight.scale, *spec[: weight.scale.ndim]), weight.inputs
+            placed(weight.values, *spec), placed(weight.scale, *spec[: weight.scale.ndim]), weight.contracting_dims
         )
 
     heads, out = random_weight(form, (4, 6, 16)), random_weight(form, (10, 4, 8), inputs=2)
     pair, down = random_weight(form, (2, 8, 16)), random_weight(form, (16, 16))
     x, per_head, wide = random_x(4, 3, 16), random_x(4, 3, 4, 8), random_x(4, 3, 16)
+    columns = functools.partial(project, ops=CPU)
+    rows = functools.partial(project, ops=CPU, row_parallel=True)
     with jax.set_mesh(mesh):
         batch, tensor = ("data", "expert"), "tensor"
-        ours = jax.jit(project)(placed(x, batch), split(heads, tensor))
-        assert_close(ours, project(np.asarray(x), heads.dequantize()))
-        ours = jax.jit(project_reduce)(placed(per_head, batch, None, tensor), split(out, None, tensor))
-        assert_close(ours, project_reduce(np.asarray(per_head), out.dequantize()))
-        ours = jax.jit(project_reduce)(placed(wide, batch, None, tensor), split(down, None, tensor))
-        assert_close(ours, project_reduce(np.asarray(wide), down.dequantize()))
-        ours = jax.jit(project_pair)(placed(x, batch), split(pair, None, tensor))
-        for one, reference in zip(ours, project_pair(np.asarray(x), pair.dequantize()), strict=True):
+        ours = jax.jit(columns)(placed(x, batch), split(heads, tensor))
+        assert_close(ours, columns(np.asarray(x), heads.dequantize()))
+        ours = jax.jit(rows)(placed(per_head, batch, None, tensor), split(out, None, tensor))
+        assert_close(ours, rows(np.asarray(per_head), out.dequantize()))
+        ours = jax.jit(rows)(placed(wide, batch, None, tensor), split(down, None, tensor))
+        assert_close(ours, rows(np.asarray(wide), down.dequantize()))
+        both = functools.partial(project_pair, ops=CPU)
+        ours = jax.jit(both)(placed(x, batch), split(pair, None, tensor))
+        for one, reference in zip(ours, both(np.asarray(x), pair.dequantize()), strict=True):
             assert_close(one, reference)

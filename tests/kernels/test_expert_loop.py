@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from glm_jax.layers import experts_switch
-from glm_jax.layers.experts_switch import switch_experts
-from glm_jax.layers.rows import count_strips
+from glm_jax.kernels import expert_loop as loop_module
+from glm_jax.kernels.cpu import count_strips
+from glm_jax.kernels.expert_loop import expert_loop
 
-run = jax.jit(switch_experts)
-run_strips = jax.jit(lambda *args, **weights: switch_experts(*args, **weights))  # traced with strips for any size
+run = jax.jit(expert_loop)
+run_strips = jax.jit(lambda *args, **weights: expert_loop(*args, **weights))  # traced with strips for any size
 
 
 def reference(x, ids, weights, gate_up, down):
@@ -77,7 +77,7 @@ def test_equals_a_loop_over_experts(tokens, shape, skew, offset, seed):
 @pytest.mark.parametrize("tokens", [1, 3, 9, 70])
 @pytest.mark.parametrize("skew", [0.0, 9.0])
 def test_equals_a_loop_over_experts_where_products_run_in_strips(tokens, skew, monkeypatch):
-    monkeypatch.setattr(experts_switch, "MIN_STRIP_BYTES", 0)
+    monkeypatch.setattr(loop_module, "MIN_STRIP_BYTES", 0)
     rng = np.random.default_rng(tokens)
     x, weights = random_tokens(rng, tokens, 3, 64)
     ids = random_ids(rng, tokens, 8, 3, skew)
@@ -137,7 +137,7 @@ def test_experts_over_devices_sum_to_all_experts(tokens):
 
     def region(x, ids, weights, gate_up, down):
         ids = ids - jax.lax.axis_index("expert") * gate_up.shape[0]
-        y = switch_experts(x, ids, weights, gate_up_E2FD=gate_up, down_EDF=down)
+        y = expert_loop(x, ids, weights, gate_up_E2FD=gate_up, down_EDF=down)
         return jax.lax.psum(y, ("expert", "tensor"))
 
     specs = (P(), P(), P(), P("expert", None, "tensor", None), P("expert", None, "tensor"))
@@ -153,7 +153,7 @@ def test_experts_over_devices_sum_to_all_experts(tokens):
 @pytest.mark.parametrize("tokens", [1, 2, 8, 63, 64, 65, 192, 193, 512, 4097])
 @pytest.mark.parametrize("mean", [0, 1, 16, 64, 5000])
 def test_buckets_grow_and_the_last_holds_all_tokens(tokens, mean):
-    buckets = experts_switch._buckets(tokens, mean)
+    buckets = loop_module._buckets(tokens, mean)
     assert list(buckets) == sorted(set(buckets))
     assert buckets[-1] >= tokens
     assert len(buckets) == 1 or buckets[-2] < tokens
@@ -175,11 +175,3 @@ def test_weights_are_not_copied_for_few_rows():
         ids = jax.ShapeDtypeStruct(ids.shape, jnp.int32)
         compiled = run.lower(x, ids, weights, gate_up_E2FD=gate_up, down_EDF=down).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < 2 * width * embed * 4 / 2
-
-
-@pytest.mark.parametrize("rows", [1, 7, 4096])
-@pytest.mark.parametrize("highest", [1, 64, 2**30])
-def test_order_is_stable_also_of_keys_too_large_to_pack(rows, highest):
-    keys = np.random.default_rng(rows).integers(0, highest + 1, rows).astype(np.int32)
-    ours = jax.jit(lambda keys: experts_switch._stable_order(keys, highest))(keys)
-    np.testing.assert_array_equal(ours, np.argsort(keys, kind="stable"))

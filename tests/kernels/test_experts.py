@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -10,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glm_jax import configs
-from glm_jax.layers.experts import IMPLEMENTATIONS, choose
+from glm_jax.kernels import Load
+from glm_jax.kernels.ops import gpu_experts, tpu_experts
+from tests.operations import EXPERTS as IMPLEMENTATIONS
 
 EXPERTS, WIDTH, SIZE, CHOICES = 5, 6, 8, 3
 
@@ -35,13 +35,14 @@ def test_experts_here_and_elsewhere(name, tokens):
     x, weights = rng.normal(size=(tokens, SIZE)), rng.uniform(size=(tokens, CHOICES))
     gate_up, down = rng.normal(size=(EXPERTS, 2, WIDTH, SIZE)), rng.normal(size=(EXPERTS, SIZE, WIDTH))
     arrays = [jnp.asarray(array, jnp.float32) for array in (x, weights, gate_up, down)]
-    run = jax.jit(IMPLEMENTATIONS[name])
+    run = jax.jit(IMPLEMENTATIONS[name].function)
     ours = run(arrays[0], jnp.asarray(ids, jnp.int32), arrays[1], gate_up_E2FD=arrays[2], down_EDF=arrays[3])
     np.testing.assert_allclose(ours, by_loop(x, ids, weights, gate_up, down), atol=1e-4)
 
 
 @pytest.mark.parametrize("tokens", [1, 6])
-def test_small_experts_one_by_one_have_the_derivative_of_all_at_once(tokens):
+@pytest.mark.parametrize("name", set(IMPLEMENTATIONS) - {"dense"})
+def test_every_implementation_has_the_derivative_of_the_reference(tokens, name):
     rng = np.random.default_rng(tokens)
     ids = jnp.asarray(np.stack([rng.permutation(EXPERTS)[:CHOICES] for _ in range(tokens)]), jnp.int32)
     shapes = ((tokens, SIZE), (tokens, CHOICES), (EXPERTS, 2, WIDTH, SIZE), (EXPERTS, SIZE, WIDTH))
@@ -52,26 +53,19 @@ def test_small_experts_one_by_one_have_the_derivative_of_all_at_once(tokens):
         return jnp.sum(jnp.square(y))
 
     gradients = [
-        jax.jit(jax.grad(functools.partial(loss, name=name), argnums=range(4)))(*arrays) for name in ("single", "dense")
+        jax.jit(jax.grad(functools.partial(loss, name=name), argnums=range(4)))(*arrays) for name in (name, "dense")
     ]
     for one, other in zip(*gradients, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_a_gpu_reads_the_experts_chosen_or_all_of_them_once():
-    moe = dataclasses.replace(configs.get("glm-4.5-air").moe, num_experts=128, num_experts_per_token=8)
-    tokens = {1: "vectors", 15: "vectors", 16: "dense", 128: "dense", 129: "blocks"}
-    assert {count: choose("gpu", count, moe, 4096, held=128) for count in tokens} == tokens
-    assert choose("gpu", 1, moe, 4096, held=16) == "vectors"
-    assert choose("gpu", 2, moe, 4096, held=16) == "dense"
+    tokens = {1: "gemv", 15: "gemv", 16: "dense", 128: "dense", 129: "block_gmm"}
+    assert {count: gpu_experts(Load(count, 8, 128, 128)).name for count in tokens} == tokens
+    assert gpu_experts(Load(1, 8, 128, 16)).name == "gemv"
+    assert gpu_experts(Load(2, 8, 128, 16)).name == "dense"
 
 
-def test_a_cpu_takes_a_few_small_experts_one_by_one_and_has_a_derivative_of_many():
-    moe = dataclasses.replace(configs.get("glm-4.5-air").moe, num_experts=8, num_experts_per_token=2, expert_width=64)
-    tokens = {1: "single", 2: "single", 32: "single", 33: "dense", 500: "dense"}
-    assert {count: choose("cpu", count, moe, 128, held=8) for count in tokens} == tokens
-    decoding = {count: "switch" if name == "dense" else name for count, name in tokens.items()}
-    assert {count: choose("cpu", count, moe, 128, held=8, fresh=False) for count in tokens} == decoding
-    assert {choose("cpu", count, moe, 4096, held=8, fresh=fresh) for count in tokens for fresh in (True, False)} == {
-        "switch"
-    }
+def test_a_tpu_runs_all_experts_on_a_decode_step():
+    tokens = {1: "dense", 512: "dense", 513: "ragged"}
+    assert {count: tpu_experts(Load(count, 8, 128, 16)).name for count in tokens} == tokens
