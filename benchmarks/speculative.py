@@ -7,8 +7,8 @@ through its chat template. Answered one at a time and eight at a time, greedily,
 the same questions, taking turns on each; their answers must be the same, token by token. Timed are the whole answer
 and its part after the first token (`decode`), in which speculation works.
 
-Two rounds of a small model are one program on a CPU, and one step: part of the gain is that programs start less often.
-Plain decoding with four steps a program shows how much that alone would give, its tokens coming four at a time.
+Starting a program costs so small a model more than running it. Plain decoding with four steps a program shows how much
+that alone would give, its tokens coming four at a time.
 
 Single times on a shared machine mean little: what counts is the ratio of medians, or of minima, of the same run.
 """

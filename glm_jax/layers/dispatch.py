@@ -1,17 +1,17 @@
 """Tokens to the devices that hold their experts, and the results back: one `shard_map`, three ways.
 
-    gather             every device of the group that shares the experts gathers all of the group's tokens, runs its
-                       own experts on them, and the partial results are summed back to where each token lives
-                       (reduce-scatter). The fewest exchanges: for decode, and wherever tokens are whole everywhere.
-    all_to_all         each token's row goes only to the devices of its experts, in buffers of equal size, and its
-                       results come back: for prompts and training, where the gathered tokens would be too many.
+    gather             every device of a group that shares the experts gathers the tokens of the whole group and runs
+                       its own experts on them; a reduce-scatter sums the partial results and returns them to the
+                       tokens' devices. The fewest exchanges: for decode, and wherever tokens are replicated.
+    all_to_all         each choice of a token is a row that goes to the device of its expert, in buffers of equal size,
+                       and its result comes back: for prompts and training, where gathered tokens would be too many.
     ragged_all_to_all  the same without padding on the wire, where the backend can: TPU and GPU.
 
-Both exchanges are exact: a buffer holds a quarter more rows than even routing sends, and what does not fit goes in a
+Both exchanges are exact: a buffer holds a quarter more rows than even routing sends, and rows that do not fit go in a
 further round. Rounds that no device needs are skipped. No token is dropped.
 
-Which axes hold experts, expert width and tokens is read off the arrays' own layouts. Tokens that are whole along an
-axis that splits experts stay there: each device runs the experts it has, and the results are summed (all-reduce).
+The arrays' own layouts tell which mesh axes split experts, expert width and tokens. Tokens that are replicated along an
+axis that splits experts stay where they are: each device runs the experts it has, and an all-reduce sums the results.
 """
 
 from __future__ import annotations

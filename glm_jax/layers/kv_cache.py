@@ -1,11 +1,10 @@
-"""What attention keeps of the tokens it has seen, of one layer or of a stacked group of layers, written in place.
+"""The key-value cache of one layer, or of a stacked group of layers, written in place.
 
 The layout is [B, K, S, H] a layer, with a leading L where a group is stacked; latent attention has one "head", the
-latent vector, whatever the number of query heads. New rows go in by a scatter at each
-sequence's own positions, inside `shard_map` so that it stays local; S may be split over devices, each of which writes
-the rows that it has. Compiled for real chips, a dynamic_update_slice
-into a stacked carry makes the TPU lay out the whole cache anew twice a step, and [B, S, K, H] makes the GPU transpose
-it.
+latent vector, whatever the number of query heads. A scatter at each sequence's own positions writes new tokens, inside
+`shard_map` so that it stays local; S may be split over devices, each of which writes the positions that it has.
+Compiled for real chips, a dynamic_update_slice into a stacked carry makes the TPU relay the whole cache twice a step,
+and [B, S, K, H] makes the GPU transpose it.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ class KvCache:
 
     @property
     def length(self) -> int:
-        """Rows a sequence has room for."""
+        """Tokens that the cache holds of each sequence."""
         return self.k.shape[-2]
 
     def write(self, k: jax.Array, v: jax.Array, positions: jax.Array, layer: jax.Array | None) -> KvCache:
-        """Put k, v [B, T, K, H] into the rows `positions` [B, T] (those beyond the cache are dropped)."""
+        """Put k, v [B, T, K, H] at `positions` [B, T] (those beyond the cache are dropped)."""
         return KvCache(_scatter(self.k, k, positions, layer), _scatter(self.v, v, positions, layer))
 
     def read(self, layer: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -52,25 +51,25 @@ class KvCache:
 class LatentCache:
     """Latent vectors and rotated shared keys, side by side: [B, 1, S, C], or [L, B, 1, S, C] of a stacked group.
 
-    C is `MlaConfig.latent_dim`, 576 for DeepSeek-V3 and Kimi K2: keys and values of all heads are made of it. On a TPU
-    it is rounded up, the rest being zeros (`model.cache`).
+    C is `MlaConfig.latent_dim`, 576 for DeepSeek-V3 and Kimi K2: keys and values of all heads are projected from it.
+    A platform may want it padded with zeros (`kernels.storage`).
     """
 
     rows: jax.Array
 
     @property
     def length(self) -> int:
-        """Rows a sequence has room for."""
+        """Tokens that the cache holds of each sequence."""
         return self.rows.shape[-2]
 
     def write(self, latent: jax.Array, positions: jax.Array, layer: jax.Array | None) -> LatentCache:
-        """Put latent [B, T, C] into the rows `positions` [B, T] (those beyond the cache are dropped)."""
+        """Put latent [B, T, C] at `positions` [B, T] (those beyond the cache are dropped)."""
         unused = self.rows.shape[-1] - latent.shape[-1]
         latent = jnp.pad(latent, [(0, 0), (0, 0), (0, unused)]) if unused else latent
         return LatentCache(_scatter(self.rows, latent[:, :, None], positions, layer))
 
     def read(self, layer: jax.Array | None) -> jax.Array:
-        """The rows [B, S, C] of one layer (`layer` None where the cache is one layer's own)."""
+        """The latent vectors [B, S, C] of one layer (`layer` None where the cache is one layer's own)."""
         rows = self.rows
         if layer is not None:
             rows = jax.lax.dynamic_index_in_dim(rows, layer, axis=0, keepdims=False)

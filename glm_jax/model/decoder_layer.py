@@ -68,7 +68,7 @@ class MtpLayer(nnx.Module):
 
     The input is [embedding | hidden], each normalised; the hidden state is the model's after its final norm
     (DeepSeek-V3, arXiv 2412.19437, section 2.2, as GLM-4.5's checkpoints have it). `embedding` and `head` are the
-    checkpoint's copies of the main ones: declared so that they are counted and kept, never used in the forward pass.
+    checkpoint's copies of the main ones: declared so that they are counted and converted, and never used.
     """
 
     def __init__(self, config: ModelConfig):

@@ -1,10 +1,10 @@
 """Products with matrices that FSDP splits (`Rules.fsdp`): along the model's width, over axes that split the tokens.
 
-There are two ways, and the number of tokens decides. Many tokens: each device gathers the matrix where it is used, and
-the gradient is summed and split again in one exchange. Few tokens: the matrix stays where it is, and the tokens move.
-Each device takes the tokens of the whole group, but only its part of their width (all-to-all), multiplies, and the
-partial products are summed back to where the tokens live (reduce-scatter); or, where the result is what is split, each
-takes all tokens (all-gather) and the parts of the result go back (all-to-all).
+There are two ways, and the number of tokens decides. Many tokens: each device gathers the matrix where it is used
+(all-gather), and a reduce-scatter sums and splits its gradient. Few tokens: the matrix stays where it is, and the
+tokens move. Where FSDP splits the inputs, each device takes its part of the width of all tokens of the group
+(all-to-all), multiplies, and a reduce-scatter returns the summed products to the tokens' devices. Where it splits the
+outputs, each device takes all tokens (all-gather), and the parts of the results go back (all-to-all).
 """
 
 from __future__ import annotations
@@ -91,10 +91,10 @@ def fsdp_matmul_outputs(
 
 
 def _back(y: jax.Array, axes: MeshAxes, tokens_at: int | None) -> jax.Array:
-    """A part of the width D of all tokens of a group, to the whole width of this device's tokens."""
+    """From a part of the width D of all tokens of a group to the whole width of this device's tokens."""
     if tokens_at is not None:
         return jax.lax.all_to_all(y, axes, split_axis=tokens_at, concat_axis=2, tiled=True)
-    # The same tokens everywhere: a sum of parts in their places, because a gather's type would be of differing results.
+    # The tokens are the same everywhere. A gather would be typed as differing between devices, a sum is not.
     whole = jnp.zeros((*y.shape[:2], y.shape[2] * jax.lax.axis_size(axes)), y.dtype)
     whole = jax.lax.dynamic_update_slice_in_dim(
         whole + jnp.zeros_like(y[:1, :1, :1]), y, jax.lax.axis_index(axes) * y.shape[2], axis=2

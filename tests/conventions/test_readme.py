@@ -24,6 +24,7 @@ DOCUMENTS = (
     "docs/checkpoints.md",
     "docs/cli.md",
     "docs/clusters.md",
+    "docs/kernels.md",
     "docs/plan.md",
     "docs/scale.md",
     "docs/sharding.md",
