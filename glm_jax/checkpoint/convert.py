@@ -11,35 +11,26 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from glm_jax.checkpoint import quantize as quantizing
 from glm_jax.checkpoint.atomic import check_target
-from glm_jax.checkpoint.files import Directory, File, is_url
+from glm_jax.checkpoint.conversion import Conversion, gather_records
+from glm_jax.checkpoint.files import is_url
 from glm_jax.checkpoint.journal import Shard, digest
-from glm_jax.checkpoint.layout import Layout, WorkItem, plan_layout
-from glm_jax.checkpoint.names import TensorMapping
+from glm_jax.checkpoint.layout import Layout, plan_layout
 from glm_jax.checkpoint.orbax_io import OrbaxWriter
-from glm_jax.checkpoint.orbax_source import ASSETS, LAYOUT_VERSION, MANIFEST, Manifest, TensorRecord
-from glm_jax.checkpoint.quantize import ArrayWriter, Loss, quantize_item
-from glm_jax.checkpoint.quantized import Index
+from glm_jax.checkpoint.orbax_source import LAYOUT_VERSION, TensorRecord
+from glm_jax.checkpoint.quantize import Loss
 from glm_jax.checkpoint.resume import Progress, default_threads, resumable_directory
-from glm_jax.checkpoint.safetensors import NUMPY_DTYPES
-from glm_jax.checkpoint.source import Files, HfArrays, HfSource
+from glm_jax.checkpoint.source import HfSource
+from glm_jax.checkpoint.verify import check_equal
 from glm_jax.errors import CheckpointError, InputError
-from glm_jax.version import VERSION
 
 DEQUANTIZE, KEEP = QUANTIZED = ("dequantize", "keep")
-_PIECE_BYTES = 16 * 2**20  # hashed or copied at a time
-_ASSET_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken")
-_MAX_ASSET_BYTES = 256 * 2**20
 _NO_TIME = 0  # in place of the time at which the checkpoint was written
 
 
@@ -113,13 +104,11 @@ def convert(
             writer.close()
             conversion.complete(work.path, done)
             if verified:
-                from glm_jax.checkpoint.verify import check_equal  # which puts the source into the layout by this file
-
                 check_equal(source, work.path, threads=threads)
 
         work.run(layout.items, conversion.process, threads=threads or default_threads(), progress=progress)
         complete = work.finish(layout.items, finish)
-        records, losses = _gather(hf, work.done.values())
+        records, losses = gather_records(hf, work.done.values())
     nbytes = sum(hf.files.tensors[name].nbytes for name in records)
     seconds, all_notes = time.monotonic() - started, (*_notes(hf, records), *notes)
     return Report(len(records), nbytes, seconds, all_notes, complete=complete, losses=losses)
@@ -152,112 +141,6 @@ def check_target_beside(source: str | Path, target: str | Path) -> None:
         raise CheckpointError(f"{target}: lies inside the source {source}; name a directory outside it")
 
 
-class Conversion:
-    """The processing of items, from several threads."""
-
-    def __init__(self, hf: HfSource, layout: Layout, writer: ArrayWriter) -> None:
-        self._hf, self._layout, self._writer = hf, layout, writer
-
-    def process(self, item: WorkItem) -> dict[str, Any]:
-        """Hash and write the tensors of an item; returns the note of it."""
-        reads = _HashedReads(self._hf.files, self._layout.form)
-        note: dict[str, Any] = {}
-        if item.array in self._layout.made:
-            layout, mapping = self._layout.made[item.array]
-            lost = Loss(0.0, 0.0)
-            for box in item.boxes:
-                lost += quantize_item(reads, self._writer, item.array, box, layout=layout, mapping=mapping)
-            note |= {"weight": item.array, "loss": [lost.difference, lost.square]}
-        else:
-            dtype = NUMPY_DTYPES_BY_NAME[self._layout.arrays[item.array].dtype]
-            for box in item.boxes:
-                self._writer.write(item.array, box, reads.read(item.array, box).astype(dtype, copy=False))
-                reads.drop(item.array, box)
-        return {"tensors": reads.records(), **note}
-
-    def complete(self, partial: Path, done: Mapping[str, Any]) -> None:
-        """Write what makes a checkpoint of the arrays: the manifest and the files beside the tensors."""
-        records, _ = _gather(self._hf, done.values())
-        source_layout = next(iter(self._hf.plan.quantized.values()), None)
-        kept = {**self._layout.kept, **{name: made for name, (made, _) in self._layout.made.items()}}
-        manifest = Manifest(
-            self._hf.config,
-            records,
-            f"glm_jax {VERSION}",
-            source_layout=source_layout,
-            kept=dict(sorted(kept.items())),
-        )
-        (partial / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1), encoding="utf-8")
-        _copy_assets(self._hf.directory, partial / ASSETS)
-
-
-class _HashedReads:
-    """Reads arrays as `form` does, and hashes the bytes of their tensors as they come: each byte is read once.
-
-    What is read is to come in the order of each tensor's bytes, and to be all of it.
-    """
-
-    def __init__(self, files: Files, form: HfArrays) -> None:
-        self._files, self._form = files, form
-        self._sums: dict[str, Any] = {}
-        self._hashed: dict[str, int] = {}
-
-    def read(self, array: str, index: Index) -> np.ndarray:
-        """As `HfArrays.read`."""
-        runs = list(self._form.runs(array, index))
-        for run in runs:
-            self._files.prefetch(run.tensor, run[1:])
-        for run in runs:
-            self._hash(run.tensor, run.stop)
-        return self._form.read(array, index)
-
-    def tensors_in(self, array: str, index: Index) -> list[tuple[str, TensorMapping]]:
-        """As `HfArrays.tensors_in`."""
-        return self._form.tensors_in(array, index)
-
-    def drop(self, array: str, index: Index) -> None:
-        """Give back what reading `array[index]` brought into memory."""
-        for run in self._form.runs(array, index):
-            self._files.drop(run.tensor, run[1:])
-
-    def records(self) -> dict[str, tuple[str, str]]:
-        """Dtype and sha256 of every tensor that was read."""
-        for name in self._sums:
-            self._hash(name, self._files.tensors[name].size)
-        return {name: (self._files.tensors[name].dtype, summed.hexdigest()) for name, summed in self._sums.items()}
-
-    def _hash(self, name: str, stop: int) -> None:
-        """Go on hashing a tensor up to its element number `stop`."""
-        summed, step = self._sums.setdefault(name, hashlib.sha256()), self._files.tensors[name].itemsize
-        for start in range(self._hashed.get(name, 0), stop, _PIECE_BYTES // step):
-            part = self._files.read(name, (start, min(start + _PIECE_BYTES // step, stop)))
-            summed.update(part.view(np.uint8).data)
-        self._hashed[name] = max(stop, self._hashed.get(name, 0))
-
-
-NUMPY_DTYPES_BY_NAME = {dtype.name: dtype for dtype in NUMPY_DTYPES.values()}
-
-
-def sha256_of(tensor: np.ndarray) -> str:
-    """The sha256 of a tensor's bytes, in hexadecimal."""
-    return hashlib.sha256(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data).hexdigest()
-
-
-def _gather(hf: HfSource, notes: Iterable[Mapping[str, Any]]) -> tuple[dict[str, TensorRecord], dict[str, Loss]]:
-    """The records of all tensors, in the order of the source's names, and what quantising lost, by weight."""
-    found: dict[str, TensorRecord] = {}
-    losses: dict[str, Loss] = {}
-    for note in notes:
-        found.update({name: TensorRecord(*record) for name, record in note["tensors"].items()})
-        if "loss" in note:
-            losses[note["weight"]] = losses.get(note["weight"], Loss(0.0, 0.0)) + Loss(*note["loss"])
-    for name in hf.plan.quantized:  # what no array is made of: the tensors that repeat a shape
-        for stored in hf.plan.stored(name):
-            if stored not in found:
-                found[stored] = TensorRecord(hf.files.tensors[stored].dtype, sha256_of(hf.repeated[stored]))
-    return dict(sorted(found.items())), losses
-
-
 def _identity(hf: HfSource, layout: Layout) -> dict[str, Any]:
     """What a conversion is: its files as they are now, and all that decides what is written."""
     files = [(name, opened.file.size, opened.file.version) for name, opened in hf.files.files.items()]
@@ -269,33 +152,6 @@ def _identity(hf: HfSource, layout: Layout) -> dict[str, Any]:
         "layout": digest([LAYOUT_VERSION, sorted(arrays.items())]),
         "quantisation": digest(sorted(formats.items())),
     }
-
-
-def assets_of(directory: Directory) -> Iterator[tuple[str, File]]:
-    """Config, tokenizer and template files of a source, by their names.
-
-    Raises:
-        CheckpointError: one of them cannot be opened.
-    """
-    wanted = [
-        name
-        for name in directory.names()
-        if os.path.splitext(name)[1] in _ASSET_SUFFIXES and not name.endswith(".safetensors.index.json")
-    ]
-    for name, file in directory.find(wanted).items():
-        if isinstance(file, CheckpointError):
-            raise file
-        if file.size <= _MAX_ASSET_BYTES:
-            yield name, file
-
-
-def _copy_assets(source: Directory, target: Path) -> None:
-    """Copy the files beside the tensors, so that the checkpoint stands by itself."""
-    target.mkdir(exist_ok=True)
-    for name, file in assets_of(source):
-        with open(target / name, "wb") as copy:
-            for start in range(0, file.size, _PIECE_BYTES):
-                copy.write(file.fetch(start, min(start + _PIECE_BYTES, file.size)))
 
 
 def _notes(hf: HfSource, records: dict[str, TensorRecord]) -> tuple[str, ...]:

@@ -23,7 +23,8 @@ from glm_jax import configs
 from glm_jax.checkpoint import quantize as quantizing
 from glm_jax.checkpoint.atomic import check_free_space, free_bytes
 from glm_jax.checkpoint.convert import DEQUANTIZE, KEEP, check_target_beside
-from glm_jax.checkpoint.files import is_url, open_directory
+from glm_jax.checkpoint.directories import open_directory
+from glm_jax.checkpoint.files import is_url
 from glm_jax.checkpoint.layout import plan_layout
 from glm_jax.checkpoint.quantization_config import quantization_config
 from glm_jax.checkpoint.quantized import Fp8

@@ -18,7 +18,8 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
-from glm_jax.checkpoint.files import is_url, open_directory
+from glm_jax.checkpoint.directories import open_directory
+from glm_jax.checkpoint.files import is_url
 from glm_jax.checkpoint.layer_range import LayerRange
 from glm_jax.checkpoint.names import LAYER_GROUPS
 from glm_jax.checkpoint.orbax_source import MANIFEST, OrbaxSource, is_orbax

@@ -21,7 +21,8 @@ from typing import Any, Self
 import ml_dtypes
 import numpy as np
 
-from glm_jax.checkpoint.files import File, MappedFile, Place, quoted
+from glm_jax.checkpoint.files import File, Place, quoted
+from glm_jax.checkpoint.local_files import MappedFile
 from glm_jax.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit

@@ -15,7 +15,8 @@ from typing import Self
 
 import numpy as np
 
-from glm_jax.checkpoint.files import Directory, Place, open_directory, quoted, read_small
+from glm_jax.checkpoint.directories import open_directory
+from glm_jax.checkpoint.files import Directory, Place, quoted, read_small
 from glm_jax.checkpoint.safetensors import MAX_HEADER_BYTES, SafetensorsFile, TensorInfo, parse_object
 from glm_jax.errors import CheckpointError
 

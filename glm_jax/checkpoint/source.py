@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from glm_jax import configs
-from glm_jax.checkpoint.files import Directory, open_directory, read_small
+from glm_jax.checkpoint.directories import open_directory
+from glm_jax.checkpoint.files import Directory, read_small
 from glm_jax.checkpoint.names import TensorMapping
 from glm_jax.checkpoint.quantization_config import read_quantization
 from glm_jax.checkpoint.quantized import DEQUANTIZED, Format, Index, rows_and_columns, stored_mappings

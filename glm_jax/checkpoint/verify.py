@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from glm_jax.checkpoint.convert import Conversion, assets_of
+from glm_jax.checkpoint.conversion import Conversion, assets_of
 from glm_jax.checkpoint.layout import Layout, WorkItem, plan_layout
 from glm_jax.checkpoint.orbax_io import ArraySpec
 from glm_jax.checkpoint.orbax_source import ASSETS, OrbaxSource, is_orbax

@@ -18,7 +18,8 @@ import pytest
 
 import glm_jax
 from glm_jax.checkpoint import dry_run, open_source, remote, verify
-from glm_jax.checkpoint.files import is_url, open_directory
+from glm_jax.checkpoint.directories import open_directory
+from glm_jax.checkpoint.files import is_url
 from glm_jax.checkpoint.safetensors_dir import SafetensorsDir
 from glm_jax.sharding import weights_by_name
 from tests import published
