@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from glm_jax.checkpoint.quantized_load import KEEP, Leaf, check_choice, plan_lea
 from glm_jax.checkpoint.source import HfSource, Index, Source
 from glm_jax.errors import CheckpointError
 from glm_jax.model import Transformer
+from glm_jax.model.stack import map_layer_weights
 from glm_jax.model.transformer import runtime_model, with_layer_layout
 from glm_jax.sharding import (
     PackedBfloat16,
@@ -129,7 +129,7 @@ def load_source(
         model = map_weights(lambda name, w: leaves[name].abstract(w) if name in leaves else w.get_raw_value(), model)
     placed = with_shardings(with_layer_layout(model, stacked=stacked), mesh, model.rules)
     reader = _Reader(source, part, leaves)
-    return map_weights(lambda name, weight: reader.place(name, weight.get_raw_value()), placed)
+    return map_layer_weights(lambda name, layer, weight: reader.place(name, layer, weight.get_raw_value()), placed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,9 +140,10 @@ class _Reader:
     layers: LayerRange
     leaves: Mapping[str, Leaf]
 
-    def place(self, name: str, target: jax.ShapeDtypeStruct | QuantizedArray | PackedBfloat16) -> WeightArray:
-        """A weight of the model on its devices."""
-        weight, layer = stacked_name(name)
+    def place(
+        self, weight: str, layer: int | None, target: jax.ShapeDtypeStruct | QuantizedArray | PackedBfloat16
+    ) -> WeightArray:
+        """The weight of that name in the stacked model, all of it or one layer, on its devices."""
         if isinstance(target, PackedBfloat16):
             read = self._of_layer(weight, layer, functools.partial(self.source.read, weight))
             return target.map(lambda values: place(values, lambda index: _bits(read(index))))
@@ -173,13 +174,4 @@ def _bits(array: np.ndarray) -> np.ndarray:
     return array.astype(ml_dtypes.bfloat16).view(np.uint16)
 
 
-def stacked_name(name: str) -> tuple[str, int | None]:
-    """A weight's name in the stacked model, and its layer if the name is of an unrolled one.
-
-    `moe.3.attention.q` is layer 3 of `moe.attention.q`.
-    """
-    match = re.fullmatch(r"(dense|moe)\.(\d+)\.(.+)", name)
-    return (name, None) if match is None else (f"{match[1]}.{match[3]}", int(match[2]))
-
-
-__all__ = ["Index", "load", "open_source", "stacked_name"]
+__all__ = ["Index", "load", "open_source"]

@@ -227,22 +227,22 @@ class HfSource:
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = open_directory(directory)
         self.config_json = read_config_bytes(self.directory)
-        content = parse_config_json(self.config_json, self.directory.at("config.json"))
-        configs.from_hf(text_config(content))  # a wrong config is said before the files are looked at
-        self._account(content, SafetensorsDir(self.directory))
+        content = text_config(parse_config_json(self.config_json, self.directory.at("config.json")))
+        config = configs.from_hf(content)  # before the files are opened, so that a wrong config is reported first
+        self._account(config, content, SafetensorsDir(self.directory))
         self._check_repeated_shapes()
 
     @classmethod
     def of_headers(cls, content: Mapping[str, Any], files: Any) -> HfSource:
         """The source of a config.json's content and of `files` that have `tensors` and perhaps no data: for plans."""
         source = cls.__new__(cls)
-        source._account(content, files)
+        content = text_config(content)
+        source._account(configs.from_hf(content), content, files)
         return source
 
-    def _account(self, content: Mapping[str, Any], files: SafetensorsDir) -> None:
-        content = text_config(content)
+    def _account(self, config: ModelConfig, content: Mapping[str, Any], files: SafetensorsDir) -> None:
         self.files: Files = TextPart(files) if has_text_part(files.tensors) else files
-        self.plan = plan_source(configs.from_hf(content), self.files.tensors, read_quantization(content))
+        self.plan = plan_source(config, self.files.tensors, read_quantization(content))
         if isinstance(self.files, TextPart):
             note = f"only the language model is taken; {len(self.files.left_out)} tensors of other parts are left out"
             self.plan = dataclasses.replace(self.plan, notes=(*self.plan.notes, note))

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags as absl_flags
 
-import glm_jax
 from glm_jax.cli import printing
 from glm_jax.cli.shared_flags import define_integer, define_json, define_loading, define_sampling, need
 from glm_jax.errors import Error, InputError
@@ -43,19 +42,19 @@ def run(flags: absl_flags.FlagValues) -> dict[str, Any]:
     if flags.json and flags.message is None:
         raise InputError("--json needs --message: it prints one answer")
     from glm_jax.checkpoint import open_source
-    from glm_jax.cli.loading import loading_options, show_notes
+    from glm_jax.cli.loading import load_model
     from glm_jax.cli.sampling import chosen_sampling
     from glm_jax.runtime import distributed
+    from glm_jax.serving import Chat, TextProcessor
 
     if flags.message is None and distributed.start().count > 1:
         raise InputError("a conversation runs in one process; over several give one --message")
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "speculative")
     settings = {name: getattr(flags, name) for name in names}
     given = {name: value for name, value in settings.items() if value is not None}
-    config = open_source(flags.model).config
-    chosen_sampling(flags, config)  # refuses what is out of range before the weights are loaded
-    chat = glm_jax.Chat(flags.model, **loading_options(flags, config))
-    show_notes(chat.model)
+    source, text = open_source(flags.model), TextProcessor.load(flags.model)
+    chosen_sampling(flags, source.config)  # refuses what is out of range before the weights are loaded
+    chat = Chat(load_model(flags, source), text)
     conversation = Conversation(chat, flags.system, thinking=flags.thinking, settings=given)
     if flags.message is None:
         conversation.hold()

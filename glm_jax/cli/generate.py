@@ -53,7 +53,8 @@ def run(flags: absl_flags.FlagValues) -> dict[str, Any]:
     from glm_jax.text import beginning_ids, load_tokenizer
 
     # Everything that can be refused is, before the weights are loaded.
-    config = open_source(flags.model).config
+    source = open_source(flags.model)
+    config = source.config
     sampling = chosen_sampling(flags, config, ignore_eos=flags.ignore_eos)
     tokenizer = None
     if prompt is None:
@@ -62,7 +63,7 @@ def run(flags: absl_flags.FlagValues) -> dict[str, Any]:
         beginning, prompt = beginning_ids(directory, tokenizer), tokenizer.encode(flags.prompt)
         prompt = prompt if prompt[: len(beginning)] == beginning else beginning + prompt
     check_prompts([prompt], config, sampling.max_new_tokens)
-    model = load_model(flags, config)
+    model = load_model(flags, source)
     warm = flags.json if flags.warmup is None else flags.warmup
     if warm:
         _warm_up(model, prompt, sampling)

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 from absl import flags as absl_flags
 from jax.sharding import Mesh
 
-from glm_jax import checkpoint, configs
+from glm_jax import configs
 from glm_jax.checkpoint.layer_range import LayerRange
+from glm_jax.checkpoint.load import load_source
+from glm_jax.checkpoint.source import Source
 from glm_jax.cli import printing
 from glm_jax.configs import ModelConfig
 from glm_jax.errors import CheckpointError, Error
@@ -60,17 +62,12 @@ def loading_options(flags: absl_flags.FlagValues, config: ModelConfig) -> dict[s
     return {**chosen, "quantized": flags.quantized, "layers": flags.layers}
 
 
-def load_model(flags: absl_flags.FlagValues, config: ModelConfig) -> Transformer:
-    """The model of --model, whose config is known, as the flags say; its notes go to stderr."""
-    model = checkpoint.load(flags.model, **loading_options(flags, config))
-    show_notes(model)
-    return model
-
-
-def show_notes(model: Transformer) -> None:
-    """What was decided when a model was loaded, on stderr."""
+def load_model(flags: absl_flags.FlagValues, source: Source) -> Transformer:
+    """The model of the open checkpoint of --model, as the flags say; its notes go to stderr."""
+    model = load_source(source, **loading_options(flags, source.config))
     for note in model.notes:
         printing.notice(note)
+    return model
 
 
 def named_config(name: str) -> ModelConfig | None:

@@ -8,16 +8,18 @@ carried through the scan and written in place; as scanned input and output it wo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.tree_util import SequenceKey
 
 from glm_jax.layers.context import ForwardContext
 from glm_jax.model.decoder_layer import DecoderLayer
-from glm_jax.sharding import map_weights
+from glm_jax.sharding import Weight, map_weights
+from glm_jax.sharding.weight import is_weight, weight_name
 
 Group = Any  # a DecoderLayer (stacked) or an nnx.List of them
 GroupCache = Any  # a LayerCache (stacked), a tuple of them, or None
@@ -63,6 +65,21 @@ def stack(group: Group) -> DecoderLayer:
         return jnp.stack(leaves)
 
     return jax.tree.map(join, *group)
+
+
+def map_layer_weights(function: Callable[[str, int | None, Weight], Any], model: Any) -> Any:
+    """Return a whole `model`, its groups in either form, with the value of every weight replaced.
+
+    The new value is `function(name, layer, weight)`: the weight's name in the stacked model, and the layer of its group
+    that it belongs to, None if the group is stacked or if the weight belongs to no group.
+    """
+
+    def replace(path, weight):
+        indices = [key for key in path if isinstance(key, SequenceKey)]  # an unrolled group alone is a sequence
+        name = weight_name(tuple(key for key in path if key not in indices))
+        return weight.replace(function(name, indices[0].idx if indices else None, weight))
+
+    return jax.tree_util.tree_map_with_path(replace, model, is_leaf=is_weight)
 
 
 def layers(group: Group | None) -> Iterator[DecoderLayer]:

@@ -6,10 +6,13 @@ import dataclasses
 import json
 import os
 import shutil
+from typing import ClassVar
 
 import pytest
 
 import glm_jax
+from glm_jax.checkpoint import source
+from glm_jax.checkpoint.local_files import LocalDirectory
 from glm_jax.text import load_tokenizer
 from tests.cli.checkpoints import CONFIG, write_checkpoint
 
@@ -36,6 +39,27 @@ def test_contract(call, request, expected, fixture):
     assert (result["prompt_tokens"], result["completion_tokens"], result["finish_reason"]) == (3, 24, "length")
     assert result["prefill_tokens_per_second"] > 0 and result["decode_tokens_per_second"] > 0
     assert (result["warm"], result["mesh"], result["dtype"]) == (True, "data=1,expert=1,tensor=1", "float32")
+
+
+class _CountingDirectory(LocalDirectory):
+    """A directory that keeps the names of all files that were looked for."""
+
+    wanted: ClassVar[list[str]] = []
+
+    def find(self, names):
+        chosen = list(names)
+        self.wanted.extend(chosen)
+        return super().find(chosen)
+
+
+@pytest.mark.parametrize(
+    "verb", [["generate", "--tokens=5"], ["chat", "--message=hi", "--nothinking"]], ids=lambda verb: verb[0]
+)
+def test_a_verb_opens_its_checkpoint_once(call, hf, monkeypatch, verb):
+    monkeypatch.setattr(source, "open_directory", _CountingDirectory)
+    _CountingDirectory.wanted.clear()
+    assert call(*verb, f"--model={hf}", "--max_new_tokens=1", ONE).status == 0
+    assert _CountingDirectory.wanted.count("config.json") == 1
 
 
 def test_tokens_come_as_tokens(call, orbax, expected):

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 import glm_jax
-from glm_jax.checkpoint.load import stacked_name
 from glm_jax.sharding import weights_by_name
 from tests.cli.checkpoints import write_checkpoint
 from tests.distributed import prompts
@@ -63,10 +62,15 @@ def test_two_processes_decode_quantised_weights_as_one_does(tmp_path, method):
 
 
 def boxes(reads, name: str) -> list[list[list[int]]]:
-    """What was read of a weight, as [start, stop] of each of its dimensions."""
-    weight, layer = stacked_name(name)
-    found = [where for read, where in reads if read == weight]
-    return found if layer is None else [where[1:] for where in found if where[0][0] <= layer < where[0][1]]
+    """What was read of a weight, as [start, stop] of each of its dimensions.
+
+    In an unrolled model `moe.3.attention.q` is layer 3 of the source's `moe.attention.q`.
+    """
+    group, layer, *rest = name.split(".")
+    if not layer.isdigit():
+        return [where for read, where in reads if read == name]
+    found = [where for read, where in reads if read == ".".join([group, *rest])]
+    return [where[1:] for where in found if where[0][0] <= int(layer) < where[0][1]]
 
 
 def check_load(orbax, one, arrays, found) -> None:
