@@ -32,14 +32,14 @@ _MAX_ASSET_BYTES = 256 * 2**20
 
 
 class Conversion:
-    """The processing of items, from several threads."""
+    """Converts work items; several threads may call it at a time."""
 
     def __init__(self, hf: HfSource, layout: Layout, writer: ArrayWriter) -> None:
         self._hf, self._layout, self._writer = hf, layout, writer
 
     def process(self, item: WorkItem) -> dict[str, Any]:
-        """Hash and write the tensors of an item; returns the note of it."""
-        reads = _HashedReads(self._hf.files, self._layout.form)
+        """Hash and write the tensors of an item; returns what the journal records of it."""
+        reads = _HashedReads(self._hf.files, self._layout.source)
         note: dict[str, Any] = {}
         if item.array in self._layout.made:
             layout, mapping = self._layout.made[item.array]
@@ -55,7 +55,7 @@ class Conversion:
         return {"tensors": reads.records(), **note}
 
     def complete(self, partial: Path, done: Mapping[str, Any]) -> None:
-        """Write what makes a checkpoint of the arrays: the manifest and the files beside the tensors."""
+        """Write the rest of the checkpoint: the manifest, and the config, tokenizer and template files."""
         records, _ = gather_records(self._hf, done.values())
         source_layout = next(iter(self._hf.plan.quantized.values()), None)
         kept = {**self._layout.kept, **{name: made for name, (made, _) in self._layout.made.items()}}
@@ -71,32 +71,32 @@ class Conversion:
 
 
 class _HashedReads:
-    """Reads arrays as `form` does, and hashes the bytes of their tensors as they come: each byte is read once.
+    """Reads arrays, and hashes their tensors on the way, so that each byte of a file is read once.
 
-    What is read is to come in the order of each tensor's bytes, and to be all of it.
+    The slices must come in the order of each tensor's bytes and cover all of it.
     """
 
-    def __init__(self, files: Files, form: HfArrays) -> None:
-        self._files, self._form = files, form
+    def __init__(self, files: Files, arrays: HfArrays) -> None:
+        self._files, self._arrays = files, arrays
         self._sums: dict[str, Any] = {}
         self._hashed: dict[str, int] = {}
 
     def read(self, array: str, index: Index) -> np.ndarray:
         """As `HfArrays.read`."""
-        runs = list(self._form.runs(array, index))
+        runs = list(self._arrays.runs(array, index))
         for run in runs:
             self._files.prefetch(run.tensor, run[1:])
         for run in runs:
             self._hash(run.tensor, run.stop)
-        return self._form.read(array, index)
+        return self._arrays.read(array, index)
 
     def tensors_in(self, array: str, index: Index) -> list[tuple[str, TensorMapping]]:
         """As `HfArrays.tensors_in`."""
-        return self._form.tensors_in(array, index)
+        return self._arrays.tensors_in(array, index)
 
     def drop(self, array: str, index: Index) -> None:
-        """Give back what reading `array[index]` brought into memory."""
-        for run in self._form.runs(array, index):
+        """Release the memory that reading `array[index]` took."""
+        for run in self._arrays.runs(array, index):
             self._files.drop(run.tensor, run[1:])
 
     def records(self) -> dict[str, tuple[str, str]]:
@@ -106,7 +106,7 @@ class _HashedReads:
         return {name: (self._files.tensors[name].dtype, summed.hexdigest()) for name, summed in self._sums.items()}
 
     def _hash(self, name: str, stop: int) -> None:
-        """Go on hashing a tensor up to its element number `stop`."""
+        """Hash a tensor further, up to its element number `stop`."""
         summed, step = self._sums.setdefault(name, hashlib.sha256()), self._files.tensors[name].itemsize
         for start in range(self._hashed.get(name, 0), stop, PIECE_BYTES // step):
             part = self._files.read(name, (start, min(start + PIECE_BYTES // step, stop)))
@@ -127,7 +127,7 @@ def gather_records(hf: HfSource, notes: Iterable[Mapping[str, Any]]) -> tuple[di
         found.update({name: TensorRecord(*record) for name, record in note["tensors"].items()})
         if "loss" in note:
             losses[note["weight"]] = losses.get(note["weight"], Loss(0.0, 0.0)) + Loss(*note["loss"])
-    for name in hf.plan.quantized:  # what no array is made of: the tensors that repeat a shape
+    for name in hf.plan.quantized:  # tensors that only repeat a shape: no array has them
         for stored in hf.plan.stored(name):
             if stored not in found:
                 found[stored] = TensorRecord(hf.files.tensors[stored].dtype, sha256_of(hf.repeated[stored]))

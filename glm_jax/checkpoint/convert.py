@@ -1,10 +1,10 @@
 """Hugging Face safetensors -> the one Orbax layout, chunk by chunk, by threads and processes, resumable.
 
-The source is accounted for before a byte is written. Then each chunk (one layer by one expert) is read, hashed and
-written; orientation is the same on both sides, so this is a copy. Quantised matrices become bfloat16 on the way, or are
-copied as they are; others are quantised on the way where that is asked for. Memory stays at a few chunks. A killed
-conversion goes on where it stopped, and the final name appears only when everything is there. What is written depends
-on what the source holds and on nothing else: not on where it lies, nor on when.
+Every tensor of the source is matched with a weight before a byte is written. Then each chunk (one layer by one expert)
+is read, hashed and written; orientation is the same on both sides, so this is a copy. Quantised matrices become
+bfloat16 on the way, or are copied as they are; others are quantised on the way on request. Memory holds a few chunks. A
+killed conversion resumes where it stopped, and the target gets its name when it is complete. The output depends on the
+content of the source alone, not on its place or on the time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from glm_jax.checkpoint.verify import check_equal
 from glm_jax.errors import CheckpointError, InputError
 
 DEQUANTIZE, KEEP = QUANTIZED = ("dequantize", "keep")
-_NO_TIME = 0  # in place of the time at which the checkpoint was written
+_TIMESTAMP_NS = 0  # fixed, so that the same source gives the same bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Report:
         nbytes: bytes of these tensors.
         seconds: wall time.
         notes: sentences about decisions that the user should know.
-        complete: whether the target is there; not while other shards of the work are under way.
-        losses: of weights that were quantised on the way, what rounding changed, by weight.
+        complete: whether the target is complete; False while other shards are still being converted.
+        losses: by weight, what rounding changed in the weights that were quantised on the way.
     """
 
     tensors: int
@@ -79,10 +79,10 @@ def convert(
             values and scales, so that an export has the source's bytes again.
         quantize: quantise the experts' and the dense projections on the way: "int8", "fp8" (a scale for each output),
             "int4" (groups of 128 inputs) or "fp8-blocks" (128 x 128). Routers, norms, embeddings, biases, the head and
-            the MTP layer's projection stay as they are: small beside the rest, and what accuracy hangs on.
+            the MTP layer's projection stay as they are: they are small, and accuracy depends on them.
         shard: this process among several that share the conversion: "0/4" to "3/4". The last to end completes it.
         verified: read both sides again and compare them (as `verify`) before the target gets its name.
-        threads: items at work at a time; by default what suits the cores.
+        threads: items converted at a time; by default what suits the cores.
         progress: called with the bytes done and the bytes in all.
 
     Raises:
@@ -97,7 +97,7 @@ def convert(
     hf, layout, notes = _plan(source, target, quantized=quantized, quantize=quantize)
     with resumable_directory(target, _identity(hf, layout), share) as work:
         work.check_space(layout.items)
-        writer = OrbaxWriter(work.path, layout.arrays, resume=True, timestamp_ns=_NO_TIME)
+        writer = OrbaxWriter(work.path, layout.arrays, resume=True, timestamp_ns=_TIMESTAMP_NS)
         conversion = Conversion(hf, layout, writer)
 
         def finish(done: dict[str, Any]) -> None:
@@ -117,7 +117,7 @@ def convert(
 def _plan(
     source: str | Path, target: str | Path, *, quantized: str, quantize: str | None
 ) -> tuple[HfSource, Layout, list[str]]:
-    """Check the arguments of a conversion, account for its source and lay it out; with notes for the user."""
+    """Check the arguments of a conversion, open its source and lay out the target; with notes for the user."""
     if quantized not in QUANTIZED:
         raise InputError(f"quantized is {quantized!r}; it is one of {', '.join(map(repr, QUANTIZED))}")
     if quantize is not None and quantized == KEEP:
@@ -142,7 +142,7 @@ def check_target_beside(source: str | Path, target: str | Path) -> None:
 
 
 def _identity(hf: HfSource, layout: Layout) -> dict[str, Any]:
-    """What a conversion is: its files as they are now, and all that decides what is written."""
+    """What identifies a conversion for resuming: the state of its files, and the options that decide the output."""
     files = [(name, opened.file.size, opened.file.version) for name, opened in hf.files.files.items()]
     arrays = {name: (spec.shape, spec.dtype, spec.chunk) for name, spec in layout.arrays.items()}
     formats = {name: form.to_json() for name, form in layout.kept.items()}

@@ -74,7 +74,7 @@ class DryRun:
 
 
 class TensorList:
-    """The tensors of a checkpoint that is not here, each with its shape, dtype and file.
+    """The tensors of a checkpoint whose files are elsewhere, each with its shape, dtype and file.
 
     Raises:
         CheckpointError: the file is not such a list.
@@ -94,16 +94,7 @@ class TensorList:
             if not all(type(size) is int and size >= 0 for tensor in self.tensors.values() for size in tensor.shape):
                 raise ValueError("a shape is no list of sizes")
             self.nbytes = sum(tensor.nbytes for tensor in self.tensors.values())
-        except (
-            OSError,
-            EOFError,
-            zlib.error,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-        ) as error:
+        except _WRONG_LIST as error:
             line = f"{path} is no list of tensors with shape, dtype and file: {type(error).__name__}: {error}"
             raise CheckpointError(line) from None
 

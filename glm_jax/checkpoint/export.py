@@ -1,8 +1,8 @@
 """The Orbax layout -> Hugging Face safetensors, one tensor an expert, with the source's own dtypes and files.
 
 Weights that are stored quantised are written as the tensors of their format; those that were dequantised are bfloat16.
-Asked for, weights are quantised or dequantised on the way; config.json says what was done. Each file is a unit of work:
-a killed export goes on with the files that are not there yet. Memory is that of a chunk for each file under way.
+On request, weights are quantised or dequantised on the way; config.json says what was done. Each file is an item of
+work: a killed export resumes with the files that it had not finished. Memory holds a chunk for each file being written.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def export(
         max_shard_bytes: size at which a new file begins.
         weights: what the experts' and the dense projections' weights are written as: "bfloat16", "fp8-blocks"
             (DeepSeek's 128 x 128), "fp8", "int8" or "int4" (compressed-tensors); by default what they are stored as.
-        threads: files at work at a time; by default what suits the cores.
+        threads: files written at a time; by default what suits the cores.
         progress: called with the bytes done and the bytes in all.
 
     Raises:
@@ -122,7 +122,7 @@ class _Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class _File:
-    """A file as a unit of work."""
+    """One output file, as an item of work."""
 
     name: str
     nbytes: int
@@ -208,13 +208,13 @@ def _made_tensors(name: str, mapping: TensorMapping, layout: Format) -> Iterator
 
 
 class _Copier:
-    """The processing of files, from several threads."""
+    """Writes files; several threads may call it at a time."""
 
     def __init__(self, checkpoint: OrbaxSource, tensors: dict[str, _Tensor], writer: SafetensorsWriter) -> None:
         self._checkpoint, self._tensors, self._writer = checkpoint, tensors, writer
 
     def process(self, file: _File) -> None:
-        """Write every tensor of a file, which is durable then."""
+        """Write every tensor of a file; the file is durable when this returns."""
         held = _Held(self._checkpoint)
         for name in file.tensors:
             tensor, dtype = self._tensors[name], NUMPY_DTYPES[self._tensors[name].dtype]
@@ -242,7 +242,7 @@ class _Copier:
 
 
 class _Held:
-    """Reads arrays chunk by chunk; the last small one stays, for the next tensor that lies in it."""
+    """Reads arrays chunk by chunk and keeps the last small chunk, which the next tensor may lie in, too."""
 
     def __init__(self, checkpoint: OrbaxSource) -> None:
         self._arrays = checkpoint.arrays
@@ -265,7 +265,7 @@ class _Held:
 
 
 def _config(checkpoint: OrbaxSource, assets: Path, layout: Format | None, exempt: list[str]) -> dict[str, Any]:
-    """config.json: the source's own, with what is quantised now."""
+    """config.json: the source's own, with the `quantization_config` of what is written."""
     if (assets / "config.json").exists():
         content = dict(text_config(read_config_json(assets)))
     else:
@@ -285,7 +285,7 @@ def _config(checkpoint: OrbaxSource, assets: Path, layout: Format | None, exempt
 
 
 def _copy_assets(assets: Path, target: Path, config: dict[str, Any]) -> None:
-    """Copy the tokenizer and template files, and config.json byte for byte if it still says what is so."""
+    """Copy the tokenizer and template files, and config.json byte for byte if nothing in it changes."""
     for path in sorted(assets.iterdir()) if assets.is_dir() else ():
         shutil.copyfile(path, target / path.name)
     if not (target / "config.json").exists() or read_config_json(target) != config:

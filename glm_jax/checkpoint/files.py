@@ -22,11 +22,11 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::.*)?://", re.DOTALL)
 
 
 class File(Protocol):
-    """A file's bytes."""
+    """The bytes of a file."""
 
     @property
     def place(self) -> Place:
-        """Where it lies, as messages name it."""
+        """The path or URL, as error messages show it."""
         ...
 
     @property
@@ -36,52 +36,52 @@ class File(Protocol):
 
     @property
     def version(self) -> str:
-        """Another one once its content has changed, as far as its place tells."""
+        """A value that changes with the content, as far as the file system tells (modification time, ETag)."""
         ...
 
     def fetch(self, begin: int, end: int) -> bytes:
-        """The bytes [begin, end), which are read once: headers and small files. Fewer if the file ends before."""
+        """Read [begin, end) without caching it: headers and small files. Returns less if the file ends before."""
         ...
 
     def view(self, begin: int, end: int) -> np.ndarray:
-        """The bytes [begin, end) as a read-only uint8 array, at hand for another reader until they are dropped."""
+        """Read [begin, end) as a read-only uint8 array; the bytes stay cached until they are dropped."""
         ...
 
     def prefetch(self, begin: int, end: int) -> None:
-        """Says that the bytes [begin, end) will be viewed soon; reading them may begin."""
+        """Announce that [begin, end) will be viewed soon, so that reading it may begin."""
         ...
 
     def drop(self, begin: int, end: int) -> None:
-        """Says that the bytes [begin, end) need not be at hand any more. Views stay valid."""
+        """Release the cached bytes [begin, end). Views stay valid."""
         ...
 
     def close(self) -> None:
-        """Lets go of everything that is at hand."""
+        """Release everything that is cached."""
         ...
 
 
 class Directory(Protocol):
-    """Files beside each other."""
+    """A directory of files."""
 
     @property
     def place(self) -> Place:
-        """Where they lie, as messages name it."""
+        """The path or URL, as error messages show it."""
         ...
 
     def names(self) -> list[str]:
-        """The names of the files right in it, sorted; of a place that lists none, those that a checkpoint may have."""
+        """The names of its files, sorted; if a server lists none, the usual files of a checkpoint that it has."""
         ...
 
     def refused(self, name: str) -> str | None:
-        """What is wrong with a file name of an (untrusted) index, if it leads out of the directory."""
+        """Why a file name from an (untrusted) index is refused, because it leads out of the directory; else None."""
         ...
 
     def find(self, names: Iterable[str]) -> dict[str, File | CheckpointError]:
-        """The files of these names that are there, each of them opened, or why it cannot be."""
+        """Open the files of these names that exist; for one that cannot be opened, the error."""
         ...
 
     def at(self, name: str) -> Place:
-        """Where a file of that name lies or would lie."""
+        """The path or URL of a file of that name, whether or not there is one."""
         ...
 
 
@@ -107,7 +107,7 @@ def read_small(directory: Directory, name: str, limit: int) -> bytes | None:
 
 
 def leaves_by_name(name: str) -> bool:
-    """Whether a file name of an index is anything but plain names under the directory."""
+    """Whether a file name from an index is anything but a plain relative name below the directory."""
     plain = name.isprintable() and Path(name).as_posix() == name and name != "."
     return not plain or os.path.isabs(name) or ".." in Path(name).parts
 

@@ -1,9 +1,9 @@
-"""What is done of a long piece of work on a directory, kept so that a killed process loses nothing it had finished.
+"""The finished items of a long piece of work on a directory, so that a killed process loses nothing it had finished.
 
-One process is one writer with a file of its own: a first line that says what the work is, then a line for each
-finished item, appended and made durable after the item's own files are. Each line has a checksum: one that a crash cut
-short, or that changed, counts as not written, and so do those after it. Locks belong to open files, so they fall with
-the process that held them.
+One process is one writer with a file of its own: a first line that says what the work is, then a line for each finished
+item, appended and made durable after the item's own files are. Each line has a checksum: a line that a crash cut short,
+or that changed, counts as not written, and so do the lines after it. Locks belong to open files, so they fall with the
+process that held them.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Journal:
             self._repair()
 
     def done(self) -> dict[str, Any]:
-        """Every finished item of every process, with what was noted of it.
+        """Every finished item of every process, with what was recorded of it.
 
         Raises:
             CheckpointError: a journal there belongs to other work; the message says what differs.
@@ -95,7 +95,7 @@ class Journal:
         return found
 
     def append(self, items: Iterable[tuple[str, Any]]) -> None:
-        """Note items as finished, durably; what they wrote must be durable already."""
+        """Record items as finished, durably; what they wrote must be durable already."""
         lines = b"".join(_encoded({"unit": item, "note": note}) for item, note in items)
         with reporting_os_errors(self._path):
             self._file.write(lines)
@@ -103,7 +103,7 @@ class Journal:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Let go of the file and its lock."""
+        """Close the file, which releases its lock."""
         self._file.close()
 
     def _repair(self) -> None:

@@ -1,7 +1,8 @@
 """The arrays of the one layout and the items that they are written in.
 
 A chunk is one layer by one expert, so that any mesh reads whole chunks, and what is larger than `MAX_CHUNK_BYTES` is
-divided further by outputs. An item is everything that the same tensors go to: each tensor is read and hashed once.
+divided further by outputs. A work item is all chunks that one set of tensors goes to, so that each tensor is read and
+hashed once.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ class WorkItem:
     """Chunks that are written together.
 
     Attributes:
-        array: the array, or of a weight that is quantised on the way the weight.
-        boxes: of the array (of the weight), in order.
-        nbytes: of all boxes as they are written.
-        held: of the largest box, at its widest.
+        array: name of the array; of the weight, if the weight is quantised on the way.
+        boxes: the slices of it that are written, in order.
+        nbytes: bytes that are written, of all boxes.
+        held: bytes of the largest box in memory.
     """
 
     array: str
@@ -54,14 +55,14 @@ class Layout:
     """What a conversion writes.
 
     Attributes:
-        form: the source, as the arrays are made of it.
+        source: the source, as the arrays are read from it.
         kept: weights that stay quantised as they are in the source.
         made: weights that are quantised on the way, with their formats and the mapping of one of their matrices.
         arrays: every array.
         items: all the work, in the order of the source's bytes.
     """
 
-    form: HfArrays
+    source: HfArrays
     kept: Mapping[str, Format]
     made: Mapping[str, tuple[Format, TensorMapping]]
     arrays: Mapping[str, ArraySpec]
@@ -86,7 +87,7 @@ def plan_layout(hf: HfSource, *, keep: bool, made: Mapping[str, Format]) -> Layo
     """
     kept = kept_weights(hf) if keep else {}
     form = hf.stored() if kept else hf.weights
-    # By the tensor of one expert, whatever form the source has.
+    # The mapping of one expert's tensor, also where the source has all experts of a layer in one tensor.
     mappings = {mapping.weight: mapping for mapping in canonical_mappings(hf.config).values()} if made else {}
     arrays: dict[str, ArraySpec] = {}
     items: list[WorkItem] = []
@@ -105,7 +106,7 @@ def plan_layout(hf: HfSource, *, keep: bool, made: Mapping[str, Format]) -> Layo
 
 
 def kept_weights(hf: HfSource) -> dict[str, Format]:
-    """The weights whose tensors are all quantised, with what they are stored as.
+    """The weights whose tensors are all quantised, with their formats.
 
     Raises:
         CheckpointError: a weight is quantised in part.
@@ -132,7 +133,7 @@ def _first_tensor(form: HfArrays, item: WorkItem) -> str:
 
 
 def _lead(name: str, weight: Weight) -> int:
-    """The dimensions in which a chunk has one element: of layers and of experts."""
+    """How many leading dimensions (layers, experts) have one element in a chunk."""
     return int(name.split(".")[0] in LAYER_GROUPS) + ("expert" in weight.axes)
 
 

@@ -86,18 +86,18 @@ class MappedFile:
         return np.frombuffer(self._mapped(), np.uint8, count=end - begin, offset=begin)
 
     def prefetch(self, begin: int, end: int) -> None:
-        """As `File.prefetch`: in one go, rather than fault by fault."""
+        """As `File.prefetch`: one request for the range instead of a page fault for each page."""
         first = begin - begin % mmap.PAGESIZE
         self._mapped().madvise(mmap.MADV_WILLNEED, first, end - first)
 
     def drop(self, begin: int, end: int) -> None:
-        """As `File.drop`: gives back the resident pages; touching them again reads the file again."""
+        """As `File.drop`: releases the resident pages; the next access reads them from the file again."""
         if self._map is not None:
             first = begin - begin % mmap.PAGESIZE
             self._map.madvise(mmap.MADV_DONTNEED, first, end - first)
 
     def close(self) -> None:
-        """As `File.close`; the mapping ends with its last view."""
+        """As `File.close`; the mapping is undone with its last view."""
         self._map = None
 
     def _mapped(self) -> mmap.mmap:

@@ -137,13 +137,13 @@ MAX_EXPERTS_IN_ALL = 2_000_000
 # The groups of the model whose weights have a leading dimension of layers.
 LAYER_GROUPS = ("dense", "moe")
 
-# Tensors of published checkpoints that hold nothing a model needs. Kimi K2's have not even the rotary size.
-_JUNK = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+# Tensors of published checkpoints that no model needs; those of Kimi K2 do not even have the rotary size.
+_IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 def is_ignored(name: str, config: ModelConfig) -> bool:
     """Whether a tensor is known to be superfluous: old rotary tables, or the head of a model that ties it."""
-    return bool(_JUNK.fullmatch(name)) or (config.tie_embeddings and name == "lm_head.weight")
+    return bool(_IGNORED.fullmatch(name)) or (config.tie_embeddings and name == "lm_head.weight")
 
 
 def canonical_mappings(config: ModelConfig) -> dict[str, TensorMapping]:

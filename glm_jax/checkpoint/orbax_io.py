@@ -1,7 +1,7 @@
 """The one Orbax layout, written and read slice by slice: `<dir>/default/<name>/` is a zarr3 array for each name.
 
-Plain Orbax restores it as a flat dict (name -> array). The names, dots included, are the keys. Chunks are chosen by the
-caller (one layer by one expert, say) and lie as single uncompressed files with a crc32c, so a chunk is the unit of
+Plain Orbax restores it as a flat dict (name -> array). The names, dots included, are the keys. The caller chooses the
+chunks (one layer by one expert, say); each is one uncompressed file with a crc32c, so that a chunk is the unit of
 writing, of resuming and of damage. `_METADATA` is written by hand because Orbax itself only saves whole leaves, which
 for stacked experts exceed a host's memory; it is a private format of Orbax (0.12), pinned by tests. OCDBT is off: one
 file a chunk can be checked, copied and resumed one by one.

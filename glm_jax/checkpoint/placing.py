@@ -1,7 +1,7 @@
-"""Arrays onto devices, slice by slice: the host holds no more than a piece of one slice.
+"""Puts arrays on devices, slice by slice: the host holds no more than a piece of one slice.
 
-Each slice is read once, however many devices hold it, and what is larger than `PIECE_BYTES` is put together on the
-device. jax's own `make_array_from_callback` holds all slices of this process at once.
+Each slice is read once, however many devices hold it, and a slice larger than `PIECE_BYTES` is assembled on the device.
+jax's own `make_array_from_callback` holds all slices of this process at once.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Files under a URL, read by ranges through fsspec: gs://, s3://, https:// and whatever else it knows.
 
-A file is never read whole. What is viewed comes in blocks, several requests at a time, that stay at hand until they are
-dropped or older than `MAX_HELD_BYTES` of others. A request that fails is repeated `ATTEMPTS` times, after growing
-pauses; one that gives other than the bytes asked for counts as failed, so that a cut connection never becomes a chunk.
-How to reach a place (credentials, endpoints) is fsspec's own configuration, not said here.
+A file is never read whole. `view` reads blocks, several requests at a time; a block stays cached until it is dropped,
+or evicted once the cache exceeds `MAX_HELD_BYTES`. A request that fails is made up to `ATTEMPTS` times, after growing
+pauses. An answer of another length than was asked for counts as a failure, so that a cut connection never ends up in a
+chunk. Credentials and endpoints are fsspec's own configuration.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ import numpy as np
 from glm_jax.checkpoint.files import File, leaves_by_name, quoted
 from glm_jax.errors import CheckpointError
 
-BLOCK_BYTES = 4 * 2**20  # of a request
+BLOCK_BYTES = 4 * 2**20  # of one request
 MAX_HELD_BYTES = 192 * 2**20
 REQUESTS = 16  # at a time
 ATTEMPTS = 5
 FIRST_PAUSE = 0.5  # seconds, doubled after each attempt
 
-_HEAD_BYTES = 2**17  # read when a file is opened: all of its header, in most cases
+_HEAD_BYTES = 2**17  # read when a file is opened: in most cases the whole header
 _BLOCKS_AHEAD = 8  # of one view or prefetch
 _EXTRAS = {"gs": "gcs", "gcs": "gcs", "s3": "s3", "s3a": "s3"}
-# What tells one content of a file from the next, by the names that file systems give it.
+# What changes when a file does, by the names that file systems give it.
 _VERSION_KEYS = (
     "ETag", "etag", "generation", "md5Hash", "crc32c", "Content-MD5", "content_md5", "VersionId", "version_id",
     "blob_id", "LastModified", "Last-Modified", "last_modified", "mtime", "updated", "created",
 )  # fmt: skip
-# What a checkpoint may have, where a server does not list it.
+# The files that a checkpoint may have: asked for one by one where a server lists none.
 _KNOWN_NAMES = (
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "config.json", "generation_config.json",
     "glm_jax.json", "merges.txt", "model.safetensors", "model.safetensors.index.json", "special_tokens_map.json",
@@ -64,7 +64,7 @@ class RemoteDirectory:
     def names(self) -> list[str]:
         """As `Directory.names`."""
         try:
-            listed = _insist(f"{self.place}: cannot be listed", lambda: self._system.ls(self._root, detail=False))
+            listed = _with_retries(f"{self.place}: cannot be listed", lambda: self._system.ls(self._root, detail=False))
         except (FileNotFoundError, _Refused):
             listed = []  # many web servers list nothing
         inside = (str(path)[len(self._root) :] for path in listed if str(path).startswith(f"{self._root}/"))
@@ -90,7 +90,7 @@ class RemoteDirectory:
     def _open(self, name: str) -> RangedFile | CheckpointError | None:
         place, path = self.at(name), f"{self._root}/{name}"
         try:
-            about = _insist(f"{place}: cannot be found", lambda: self._system.info(path))
+            about = _with_retries(f"{place}: cannot be found", lambda: self._system.info(path))
             if about.get("type") == "directory":
                 return None
             if type(about.get("size")) is not int:
@@ -113,7 +113,7 @@ class RemoteDirectory:
                 return content
 
             try:
-                return _insist(f"{place}: bytes {begin} to {end} cannot be read", once)
+                return _with_retries(f"{place}: bytes {begin} to {end} cannot be read", once)
             except FileNotFoundError:
                 raise CheckpointError(f"{place}: is gone") from None
 
@@ -131,7 +131,9 @@ class RemoteDirectory:
                     return bytes(file.read(1))
 
             try:
-                served = about.get("partial") is not False and len(_insist(f"{place}: cannot be read", last_byte)) == 1
+                served = (
+                    about.get("partial") is not False and len(_with_retries(f"{place}: cannot be read", last_byte)) == 1
+                )
             except _WholeFilesOnly:
                 served = False
             if not served:
@@ -141,14 +143,14 @@ class RemoteDirectory:
 
 
 class RangedFile:
-    """A file of which ranges are requested.
+    """A remote file, read by ranges.
 
     Args:
         place: its URL.
         size: in bytes.
         version: as `File.version`.
-        read: requests a range.
-        blocks: where what is read is kept at hand, for all files together.
+        read: requests a range of bytes.
+        blocks: the cache of blocks, which all files of a directory share.
     """
 
     def __init__(
@@ -167,7 +169,7 @@ class RangedFile:
         return b"".join(self._read(start, min(start + BLOCK_BYTES, end)) for start in starts)
 
     def view(self, begin: int, end: int) -> np.ndarray:
-        """As `File.view`: a copy of blocks."""
+        """As `File.view`: copied out of the blocks."""
         result = np.empty(end - begin, np.uint8)
         coming: deque[tuple[int, Future[bytes]]] = deque()
         asked, last = begin // BLOCK_BYTES, (end - 1) // BLOCK_BYTES
@@ -189,7 +191,7 @@ class RangedFile:
             self._request(number)
 
     def drop(self, begin: int, end: int) -> None:
-        """As `File.drop`: lets go of the blocks that lie in it."""
+        """As `File.drop`: releases the blocks that lie inside the range."""
         if begin == 0:
             self._head = b""
         for number in range(-(-begin // BLOCK_BYTES), end // BLOCK_BYTES):
@@ -206,7 +208,7 @@ class RangedFile:
 
 
 class _Blocks:
-    """Blocks that were read or are being read, the ones used last; no more than `MAX_HELD_BYTES` of them stay."""
+    """A cache of blocks, read or being read, of at most `MAX_HELD_BYTES`; the least recently used is evicted."""
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
         self._pool = pool
@@ -214,42 +216,42 @@ class _Blocks:
         self._lock = threading.Lock()
 
     def get(self, key: tuple[str, int], read: Callable[[], bytes]) -> Future[bytes]:
-        """A block, which is requested if it is not there and not under way."""
+        """The future of a block, which is requested unless it is cached or on its way."""
         with self._lock:
             future = self._held.get(key)
             if future is None or (future.done() and future.exception() is not None):
                 future = self._held[key] = self._pool.submit(read)
             self._held.move_to_end(key)
             while len(self._held) * BLOCK_BYTES > MAX_HELD_BYTES:
-                self._held.popitem(last=False)  # a request that somebody waits for stays with him
+                self._held.popitem(last=False)  # who waits for it holds the future
             return future
 
     def drop(self, key: tuple[str, int]) -> None:
-        """Let go of a block."""
+        """Release a block."""
         with self._lock:
             self._held.pop(key, None)
 
 
 class _Refused(CheckpointError):
-    """The server understood and will not."""
+    """The server refuses the request."""
 
 
 class _WholeFilesOnly(CheckpointError):
-    """The server does not serve ranges."""
+    """The server does not support ranges."""
 
 
-def _insist(what: str, request: Callable[[], _Result]) -> _Result:
-    """The answer to a request, which is repeated when it fails for a reason that may pass.
+def _with_retries(what: str, request: Callable[[], _Result]) -> _Result:
+    """The answer to a request, which is made again if it fails for a reason that may be temporary.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it failed `ATTEMPTS` times, or for a reason that will not pass; the line begins with `what`.
+        CheckpointError: it failed `ATTEMPTS` times, or for a permanent reason; the line begins with `what`.
     """
     for attempt in range(ATTEMPTS):
         try:
             return request()
         except Exception as raised:  # each file system has its own
-            # What fsspec says is not there may only not have answered.
+            # fsspec reports some servers that did not answer as missing files.
             error = raised.__cause__ if isinstance(raised, FileNotFoundError) else raised
             if not isinstance(error, Exception) or _status(error) in (404, 410):
                 raise FileNotFoundError(what) from None
@@ -265,7 +267,7 @@ def _insist(what: str, request: Callable[[], _Result]) -> _Result:
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether a request that failed so would fail again."""
+    """Whether a request that failed with this error would fail again."""
     if isinstance(error, (PermissionError, NotImplementedError, ImportError, IsADirectoryError, NotADirectoryError)):
         return True
     status = _status(error)
@@ -273,7 +275,7 @@ def _is_final(error: Exception) -> bool:
 
 
 def _status(error: Exception) -> int | None:
-    """The HTTP status that an error tells of."""
+    """The HTTP status of an error, if it has one."""
     status = getattr(error, "status", None) or getattr(error, "code", None)
     return status if isinstance(status, int) else None
 
@@ -297,7 +299,7 @@ def _file_system(url: str, shown: str) -> tuple[Any, str]:
         reason = _shown(str(error))
         advice = f": {install}" if kind in (*_EXTRAS, "http", "https") else ""
         raise CheckpointError(f"{shown}: what fsspec needs for {kind}:// is not installed ({reason}){advice}") from None
-    except Exception as error:  # unknown kinds, and what each file system says of its credentials
+    except Exception as error:  # unknown kinds of URL, and credentials: each file system has errors of its own
         reason = _shown(str(error))
         raise CheckpointError(f"{shown}: fsspec cannot open {kind}:// ({type(error).__name__}: {reason})") from error
     system.invalidate_cache()

@@ -1,9 +1,9 @@
 """A directory that is filled item by item, by threads and by several processes, and that survives being killed.
 
-It grows beside its final name, which it gets when every item is there. Whoever comes later with the same work goes on
-where the others stopped: a journal says which items are finished. Each process holds a lock for its share, so that a
-second start of the same share is refused, and the process that finds everything done waits for the others to let go
-before it gives the directory its name.
+It is written under a temporary name beside its final name, which it gets when every item is finished. A later process
+with the same work resumes where others stopped: a journal has the finished items. Each process holds a lock for its
+share, so that a second start of the same share is refused. The process that finds everything done waits until the
+others have released their locks, then gives the directory its name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from glm_jax.checkpoint.journal import Journal, Shard, remove_journals
 from glm_jax.errors import CheckpointError
 
 Progress = Callable[[int, int], None]
-MAX_BYTES_IN_FLIGHT = 128 * 2**20  # of items' largest pieces; each is held about three times on its way
+MAX_BYTES_IN_FLIGHT = 128 * 2**20  # of items' largest pieces; about three copies of each are in memory at times
 _LOCK = "lock"
 _UNFINISHED = "unfinished"
 
@@ -55,7 +55,7 @@ class ResumableDirectory:
 
     Attributes:
         path: the directory to write into.
-        done: what was noted of each finished item, by name, of all processes, as of the last look.
+        done: by name, what was recorded of each finished item of all processes, as of the last reading.
 
     Raises:
         CheckpointError: the target is taken, another process holds this share or is finishing the work, the directory
@@ -81,16 +81,16 @@ class ResumableDirectory:
             opened.pop_all()
 
     def check_space(self, items: Sequence[WorkItem]) -> None:
-        """Raise CheckpointError if there is no room for what is left to write."""
+        """Raise CheckpointError if the disk has no room for the items that are left."""
         check_free_space(self.path, sum(item.nbytes for item in items if item.name not in self.done))
 
     def run(
         self, items: Sequence[WorkItem], process: Callable[[Any], Any], *, threads: int, progress: Progress | None
     ) -> None:
-        """Process this share's items that are not done, several at a time; note each when its bytes are durable.
+        """Process this share's items that are not done, several at a time; record each when its bytes are durable.
 
-        What `process` returns is noted with the item, as JSON values. When one fails, those under way are finished and
-        noted before its error is raised.
+        What `process` returns is recorded with the item, as JSON values. When one fails, those being processed are
+        finished and recorded before its error is raised.
         """
         share = [item for number, item in enumerate(items) if self.shard.has(number)]
         total = sum(item.nbytes for item in share)
@@ -133,12 +133,12 @@ class ResumableDirectory:
             self.close()
 
     def close(self) -> None:
-        """Let go of the share; what is done stays for the next process."""
+        """Release the share; what is done stays for the next process."""
         self._journal.close()
         self._lock.close()
 
     def abandon(self) -> str:
-        """After an error: let go, remove a directory in which nothing is done, and say in words what was kept."""
+        """After an error: release the share, remove a directory with nothing done, and say in words what was kept."""
         with contextlib.suppress(CheckpointError):
             self.done = self._journal.done()
         if self.done:
@@ -185,10 +185,10 @@ def run_items(
     done: Callable[[Sequence[tuple[Any, Any]]], None],
     step: Callable[[], None],
 ) -> None:
-    """Process items in threads, as many at a time as memory is meant for, and hand `done` those that are ready.
+    """Process items in threads, as many at a time as `MAX_BYTES_IN_FLIGHT` allows; `done` gets those that are ready.
 
-    `step` is called after each time. When an item or `step` fails, the items under way are finished and handed over
-    before the error is raised.
+    `step` is called after each call of `done`. When an item or `step` fails, the items being processed are finished and
+    given to `done` before the error is raised.
     """
     left, running = list(reversed(items)), dict[Future[Any], WorkItem]()
     with ThreadPoolExecutor(threads, thread_name_prefix="items") as pool:
@@ -207,7 +207,7 @@ def run_items(
 
 
 def _collect(running: dict[Future[Any], WorkItem], done: Callable[[Sequence[tuple[Any, Any]]], None]) -> None:
-    """Wait for some of the running items and hand over those that are good; raise what one of the others raised."""
+    """Wait for some of the running items and give `done` those that succeeded; raise the error of one that failed."""
     ready, _ = wait(running, return_when=FIRST_COMPLETED)
     taken = [(running.pop(future), future) for future in ready]
     errors = [error for _, future in taken if (error := future.exception()) is not None]

@@ -2,10 +2,10 @@
 
 A file is an 8-byte little-endian header length, a JSON header, and the tensors' bytes back to back. The header is
 untrusted: it is bounded before it is read and checked before any data is, with the checks of the reference
-implementation (https://github.com/huggingface/safetensors, `safetensors/src/tensor.rs`). Whether the bytes are mapped
-or requested over a network is the business of `files`; `drop` hands them back so that streaming a checkpoint stays
-small in memory. Nothing here knows the model. Sub-byte types (F4, F6) pass the checks but cannot be read: neither numpy
-nor ml_dtypes can view them packed. Directories of shards are in `safetensors_dir`, writing in `safetensors_writer`.
+implementation (https://github.com/huggingface/safetensors, `safetensors/src/tensor.rs`). `files` decides whether the
+bytes are mapped or requested over a network; `drop` releases them, so that streaming a checkpoint takes little memory.
+Nothing here knows the model. Sub-byte types (F4, F6) pass the checks but cannot be read: neither numpy nor ml_dtypes
+can view them packed. Directories of shards are in `safetensors_dir`, writing in `safetensors_writer`.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class SafetensorsFile:
     """One checked safetensors file.
 
     Attributes:
-        path: where the file lies.
+        path: the path or URL of the file.
         tensors: every tensor by name, in the order of the bytes.
         metadata: the strings under `__metadata__`, empty if there are none.
         missing: bytes that the header describes and the file does not have.
@@ -163,13 +163,13 @@ class SafetensorsFile:
         return np.frombuffer(content, NUMPY_DTYPES[info.dtype]).reshape(info.shape)
 
     def prefetch(self, name: str, span: tuple[int, int] | None = None) -> None:
-        """Says that a tensor, or a span of its elements, will be read soon."""
+        """Announces that a tensor, or a span of its elements, will be read soon."""
         begin, end = self._bytes(name, span)
         if end > begin:
             self.file.prefetch(begin, end)
 
     def drop(self, name: str, span: tuple[int, int] | None = None) -> None:
-        """Gives back what a tensor, or a span of its elements, takes in memory. Views stay valid."""
+        """Releases the memory of a tensor, or of a span of its elements. Views stay valid."""
         begin, end = self._bytes(name, span)
         if end > begin:
             self.file.drop(begin, end)
@@ -187,7 +187,7 @@ class SafetensorsFile:
             self.drop(name)
 
     def close(self) -> None:
-        """Lets go of what is held in memory; views stay valid."""
+        """Releases what is cached; views stay valid."""
         self.file.close()
 
     def __enter__(self) -> Self:

@@ -35,7 +35,7 @@ class SafetensorsDir:
     complete set `NAME-00001-of-0000N.safetensors`.
 
     Attributes:
-        directory: where it lies.
+        directory: its path or URL.
         tensors: every tensor by name, in the order of the files and of their bytes.
         unlisted: *.safetensors files of the directory that the index does not name, and that are not read.
 
@@ -93,11 +93,11 @@ class SafetensorsDir:
             return dict(zip(chosen, pool.map(lambda name: self._file_of(name).fetch(name), chosen), strict=True))
 
     def prefetch(self, name: str, span: tuple[int, int] | None = None) -> None:
-        """Says that a tensor, or a span of its elements, will be read soon."""
+        """Announces that a tensor, or a span of its elements, will be read soon."""
         self._file_of(name).prefetch(name, span)
 
     def drop(self, name: str, span: tuple[int, int] | None = None) -> None:
-        """Gives back what a tensor, or a span of its elements, takes in memory."""
+        """Releases the memory of a tensor, or of a span of its elements."""
         self._file_of(name).drop(name, span)
 
     def stream(self, names: Iterable[str] | None = None) -> Iterator[tuple[TensorInfo, np.ndarray]]:
@@ -106,7 +106,7 @@ class SafetensorsDir:
             yield from self._file_of(name).stream([name])
 
     def close(self) -> None:
-        """Lets go of what is held in memory; views stay valid."""
+        """Releases what is cached; views stay valid."""
         for file in self._files.values():
             file.close()
 

@@ -1,8 +1,8 @@
-"""Writing safetensors shards as a stream: the layout is fixed beforehand, the tensors come one at a time in any order.
+"""Writing safetensors shards as a stream: the layout is fixed first, then tensors come one at a time in any order.
 
-Knowing all names and shapes first, every byte has its place before the first tensor is there: no shard is ever held in
-memory, and the shard count in the file names is right from the start. The order inside a file and the bytes of its
-header are those of the reference implementation.
+Since all names and shapes are known first, every byte has its place before the first tensor comes: no shard is ever
+held in memory, and the shard count in the file names is right from the start. The order inside a file and the bytes of
+its header are those of the reference implementation.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Shard:
     header: bytes
     begin: dict[str, int]  # tensor name -> first byte in the file
     size: int
-    unwritten: dict[str, int]  # tensor name -> bytes of it that are there
+    unwritten: dict[str, int]  # unfinished tensor -> bytes of it that were written
     descriptor: int | None = field(default=None)
 
 

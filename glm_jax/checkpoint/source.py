@@ -1,6 +1,6 @@
-"""Where weights come from: slices of the stacked weights, from a Hugging Face directory or from an Orbax one.
+"""`Source`: slices of a checkpoint's weights, stacked by layer; and its implementation for a Hugging Face directory.
 
-A loader asks for the slices that its devices need and never for more.
+A loader asks for the slices that its devices need, never for more. `orbax_source` is the other implementation.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _AHEAD_BYTES = 32 * 2**20  # of tensors that are asked for before they are read
 
 
 class Source(Protocol):
-    """A checkpoint seen as the weights of the stacked model."""
+    """A checkpoint, as the weights of the stacked model."""
 
     config: ModelConfig
 
@@ -44,7 +44,7 @@ class Source(Protocol):
         ...
 
     def quantized_weights(self) -> dict[str, Format | None]:
-        """The weights with quantised matrices and what these are stored as; None where some are and others not."""
+        """The format of each weight with quantised matrices; None where some of its matrices are not quantised."""
         ...
 
     def mapping(self, weight: str) -> TensorMapping:
@@ -68,21 +68,22 @@ class Run(NamedTuple):
 
 
 class HfArrays:
-    """Arrays put together from the tensors of a Hugging Face directory.
+    """Arrays assembled from the tensors of a Hugging Face directory.
 
-    Two of these show one source: as the weights that it stands for, and as its tensors are stored.
+    A source has two views of this kind: of its weights, dequantised, and of its tensors as they are stored.
 
     Args:
         files: the safetensors of the directory.
         mappings: where each tensor goes.
-        quantized: what those names of `mappings` are stored as that are to be computed; the others are tensors.
+        quantized: the stored formats of those names in `mappings` that are dequantised when read; the other names are
+            names of tensors.
     """
 
     def __init__(self, files: Files, mappings: Mapping[str, TensorMapping], quantized: Mapping[str, Format]) -> None:
         self._files, self._quantized = files, quantized
         self._at: dict[str, dict[tuple[int, ...], str]] = defaultdict(dict)
         self._mappings: dict[str, dict[str, TensorMapping]] = defaultdict(dict)
-        # One for tensors of one expert each, another for those of all experts of a layer.
+        # A tensor for each expert has another depth than one with all experts of a layer.
         self._depths: dict[str, set[int]] = defaultdict(set)
         for name, mapping in mappings.items():
             self._at[mapping.weight][mapping.index] = name
@@ -97,7 +98,7 @@ class HfArrays:
         return next(iter(self._mappings[array].values()))
 
     def depth(self, array: str) -> int:
-        """In how many of an array's first dimensions each of its tensors has one place."""
+        """How many of an array's leading dimensions (layer, expert, gate or up) tell its tensors apart."""
         return min(self._depths[array])
 
     def tensors_in(self, array: str, index: Index) -> list[tuple[str, TensorMapping]]:
@@ -122,9 +123,9 @@ class HfArrays:
         return [self.dtype(name) for name in self._mappings[array]]
 
     def runs(self, array: str, index: Index) -> Iterator[Run]:
-        """What is read for `array[index]`: of each tensor one run, in the order of reading.
+        """What is read for `array[index]`: one run of each tensor, in the order of reading.
 
-        It goes from the first row to the last that is asked for: a part of the inputs of a matrix takes whole rows.
+        A run holds whole rows, from the first to the last that is asked for, also where `index` takes only some inputs.
         """
         for name, mapping in self.tensors_in(array, index):
             yield from self._runs(name, mapping, index[len(mapping.index) :])
@@ -194,7 +195,7 @@ def _single(shape: tuple[int, ...], index: Index) -> int:
 
 
 def _window(shape: tuple[int, ...], index: Index) -> tuple[int, int]:
-    """From the first to after the last element that lies in the rows that `index` touches."""
+    """Where the rows that `index` touches begin and end, counted in elements."""
     depth = _single(shape, index)
     start, rest = 0, math.prod(shape)
     for size, part in zip(shape[:depth], index, strict=False):
@@ -207,17 +208,17 @@ def _window(shape: tuple[int, ...], index: Index) -> tuple[int, int]:
 
 
 class HfSource:
-    """A Hugging Face directory of safetensors, on a disk or under a URL, accounted for.
+    """A Hugging Face directory of safetensors, on a disk or under a URL, with a weight for every tensor.
 
-    Of a multimodal checkpoint it is the language model.
+    Of a multimodal checkpoint it has the language model only.
 
     Attributes:
-        directory: where it lies.
+        directory: the open directory.
         config_json: the bytes of its config.json.
         files: the safetensors of the directory.
         plan: what becomes of each tensor.
         config: the architecture, with what only the tensors tell.
-        weights: the weights, quantised ones as the bfloat16 values that they stand for.
+        weights: the weights, quantised ones as bfloat16 values.
 
     Raises:
         ConfigError: config.json is not of a supported architecture, or of an unknown quantisation.
@@ -234,7 +235,7 @@ class HfSource:
 
     @classmethod
     def of_headers(cls, content: Mapping[str, Any], files: Any) -> HfSource:
-        """The source of a config.json's content and of `files` that have `tensors` and perhaps no data: for plans."""
+        """The source with a config.json's content and `files`, which need `tensors` but no data: for plans."""
         source = cls.__new__(cls)
         content = text_config(content)
         source._account(configs.from_hf(content), content, files)
@@ -289,7 +290,7 @@ class HfSource:
         return HfArrays(self.files, mappings, {})
 
     def _check_repeated_shapes(self) -> None:
-        """Read the tensors that repeat the shape of a quantised matrix, and hold them against that shape."""
+        """Read the tensors that repeat the shape of a quantised matrix, and compare them with that shape."""
         problems = Problems()
         expected = {
             name + part.suffix: list(self.plan.mappings[name].shape)

@@ -1,7 +1,8 @@
-"""Proof that a converted checkpoint holds its source, tensor by tensor, without running a model.
+"""Checks that a converted checkpoint holds its source, tensor by tensor, without running a model.
 
-Both sides are read whole: the source is put into the layout once more and compared with what is stored, byte by byte,
-and its tensors' checksums with those in the manifest. So a byte that changed on either side is found and named.
+The source is converted once more, and every byte is compared with what is stored instead of being written; the
+checksums of its tensors are compared with those in the manifest. A byte that changed on either side is found, and the
+tensor that has it is named.
 """
 
 from __future__ import annotations
@@ -51,11 +52,11 @@ def verify(
     Args:
         source: the Hugging Face directory, or its URL.
         target: the directory that `convert` made of it.
-        threads: items at work at a time; by default what suits the cores.
+        threads: items compared at a time; by default what suits the cores.
         progress: called with the bytes done and the bytes in all.
 
     Raises:
-        CheckpointError: one of the two is not there or cannot be read as a whole.
+        CheckpointError: one of the two does not exist or cannot be read.
         ConfigError: the source's architecture or quantisation is not supported.
     """
     started = time.monotonic()
@@ -88,7 +89,7 @@ def check_equal(source: str | Path, target: str | Path, *, threads: int | None =
 
 
 class _Comparison:
-    """Stands where a conversion's writer does, and compares what would be written with what is there."""
+    """The writer of a conversion that compares each slice with the stored one instead of writing it."""
 
     def __init__(self, hf: HfSource, checkpoint: OrbaxSource, target: Path) -> None:
         self._hf, self._checkpoint, self._target = hf, checkpoint, target
@@ -101,7 +102,7 @@ class _Comparison:
         self.layout: Layout = plan_layout(hf, keep=bool(same), made=made)
         self.arrays: dict[str, ArraySpec] = dict(self.layout.arrays)
         self._conversion = Conversion(hf, self.layout, self)
-        self._compare_what_is_there()
+        self._compare_metadata()
 
     def process(self, item: WorkItem) -> None:
         """Compare everything that an item's tensors go to."""
@@ -129,14 +130,14 @@ class _Comparison:
             self._add(f"array {name}[{box}] differs from the source ({tensors})")
 
     def _tensors_at(self, name: str, index: Index) -> list[str]:
-        form = self.layout.form
-        if name not in form:  # a part of a weight that is quantised on the way
+        arrays = self.layout.source
+        if name not in arrays:  # a part of a weight that is quantised on the way
             return [name.rsplit(".", 1)[0]]
-        found = [tensor for tensor, _ in form.tensors_in(name, index)]
+        found = [tensor for tensor, _ in arrays.tensors_in(name, index)]
         return [*found[:3], *(["..."] if len(found) > 3 else [])]
 
-    def _compare_what_is_there(self) -> None:
-        """Configuration, arrays and files beside them."""
+    def _compare_metadata(self) -> None:
+        """Compare the configuration, the arrays' shapes and dtypes, and the files beside the tensors."""
         if self._hf.config != self._checkpoint.config:
             self._add("the manifest's configuration is not that of the source")
         found = self._checkpoint.arrays.specs()

@@ -1,4 +1,4 @@
-"""How a run starts: its cluster, how its processes meet and end together, where its compiled programs are kept."""
+"""How a run starts and ends: the cluster, the rendezvous of its processes, the cache of compiled programs."""
 
 from __future__ import annotations
 

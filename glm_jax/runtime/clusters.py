@@ -1,9 +1,9 @@
-"""Which process of which job this one is: read from flags and from what a cluster leaves in the environment.
+"""Which process of which job this is, from flags and from the environment that a cluster sets.
 
-Slurm, Open MPI, Kubernetes (JobSet) and TPU slices each say it in variables of their own; a TPU VM says it through its
-metadata server. jax finds most of these as well. Here they are read by hand because jax shows each Slurm task one GPU
-even where a task was given the whole node, knows neither Open MPI 5 nor a JobSet without the `kubernetes` package, and
-finds nothing before it connects, while a verb that only prints must know which process it is. Nothing here connects to
+Slurm, Open MPI, Kubernetes (JobSet) and TPU slices each have environment variables of their own; a TPU VM has a
+metadata server. jax detects most of these, too. They are read here because jax gives each Slurm task one GPU even where
+a task was given the whole node, knows neither Open MPI 5 nor a JobSet without the `kubernetes` package, and detects
+nothing before it connects, while a verb that only prints must know which process it is. Nothing here connects to
 another process, or imports jax.
 """
 
@@ -27,7 +27,7 @@ PROCESS_INDEX = "GLM_JAX_PROCESS_INDEX"
 TPU_PORT = 8482  # jax's own
 KUBERNETES_INDEX = "JOB_COMPLETION_INDEX"
 METADATA_SECONDS = 3.0
-_PORTS = 2**12  # the uppermost ports, where jobs find one by their number
+_PORTS = 2**12  # the highest ports, of which a job takes one by its number
 _FIRST_PORT = 2**16 - _PORTS
 
 
@@ -111,7 +111,7 @@ def split_address(address: str) -> tuple[str, int]:
 def _named(
     coordinator: str | None, count: int | None, index: int | None, *, env: Mapping[str, str]
 ) -> tuple[str | None, int | None, int | None]:
-    """The arguments, and from the environment what they leave open; a count or an index hides both variables."""
+    """The arguments, completed from the environment; a count or an index given hides the variables of both."""
     address = coordinator or env.get(COORDINATOR) or None
     if count is None and index is None:
         count, index = _integer(env, PROCESS_COUNT), _integer(env, PROCESS_INDEX)
@@ -139,7 +139,7 @@ def _explicit(address: str | None, count: int | None, index: int | None, *, dete
 
 
 def _open_mpi(env: Mapping[str, str]) -> Cluster | None:
-    """mpirun of Open MPI; in version 4 process 0 is on mpirun's host, version 5 tells only if all share one host."""
+    """mpirun of Open MPI. Version 4 names its host, where process 0 runs; version 5 only tells if all share a host."""
     if "OMPI_COMM_WORLD_SIZE" not in env:
         return None
     name = "open mpi"
@@ -163,7 +163,7 @@ def _open_mpi(env: Mapping[str, str]) -> Cluster | None:
 
 
 def _slurm(env: Mapping[str, str]) -> Cluster | None:
-    """A task of srun. A batch script itself is none: it is the one process that it is."""
+    """A task that srun started. A batch script outside of srun is a single process."""
     if "SLURM_PROCID" not in env or "SLURM_STEP_NODELIST" not in env:
         return None
     name = "slurm"
@@ -184,7 +184,7 @@ def _slurm(env: Mapping[str, str]) -> Cluster | None:
 def first_host(nodes: str) -> str:
     """The first host of a Slurm node list: `rack[1,3-5]n[01-16],login` begins with `rack1n01`."""
     host, depth = "", 0
-    taken = True  # whether what is being read belongs to the first host
+    taken = True  # whether the letter belongs to the first host
     for letter in nodes:
         if letter == "[":
             depth += 1
@@ -200,7 +200,7 @@ def first_host(nodes: str) -> str:
 
 
 def _tasks_on_node(counts: str, node: int) -> int:
-    """The tasks of one node, of Slurm's counts: `4(x2),2` are two nodes with 4 and one with 2."""
+    """The number of tasks on a node, from Slurm's counts: `4(x2),2` is two nodes with 4 and one with 2."""
     each: list[int] = []
     for match in re.finditer(r"(\d+)(?:\(x(\d+)\))?", counts):
         each += [int(match[1])] * int(match[2] or 1)
@@ -208,10 +208,11 @@ def _tasks_on_node(counts: str, node: int) -> int:
 
 
 def _share(env: Mapping[str, str], tasks: int, local: int) -> tuple[int, ...] | None:
-    """The GPUs of one of several tasks on a host: an even share of those that all of them see.
+    """The GPUs of one of several tasks on a host: an even share of the visible GPUs.
 
-    None, for all, if the task is alone, if fewer are visible than there are tasks (then each sees its own), or where
-    JAX_LOCAL_DEVICE_IDS says it. Without CUDA_VISIBLE_DEVICES it is not known how many there are: one each.
+    None, which means all visible GPUs, if the task is alone on its host, if fewer GPUs are visible than there are tasks
+    (then each task sees its own), or if JAX_LOCAL_DEVICE_IDS is set. Without CUDA_VISIBLE_DEVICES the number of GPUs is
+    not known: each task takes one.
     """
     if tasks <= 1 or "JAX_LOCAL_DEVICE_IDS" in env:
         return None
@@ -223,7 +224,7 @@ def _share(env: Mapping[str, str], tasks: int, local: int) -> tuple[int, ...] | 
 
 
 def _tpu(env: Mapping[str, str]) -> Cluster | None:
-    """A worker of a TPU slice, or of several: from GKE's variables, or from the metadata server of a TPU VM."""
+    """A worker of one or several TPU slices, from GKE's variables or from the metadata server of a TPU VM."""
     platforms = env.get("JAX_PLATFORMS")
     if platforms and "tpu" not in platforms.split(","):
         return None
@@ -258,7 +259,7 @@ def _worker_host(entry: str) -> str:
 
 
 def _on_tpu_vm() -> bool:
-    """Whether this host has TPU chips, and the library for them."""
+    """Whether this host has TPU chips and libtpu."""
     chips = glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")
     return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
@@ -280,7 +281,7 @@ def _metadata(key: str, env: Mapping[str, str]) -> str | None:
 
 
 def _kubernetes(env: Mapping[str, str]) -> Cluster | None:
-    """A pod of an indexed job whose manifest does not name the processes: jax asks Kubernetes, if it can."""
+    """A pod of an indexed job whose manifest does not number the processes: jax asks Kubernetes, if it can."""
     index = _integer(env, KUBERNETES_INDEX)
     if "KUBERNETES_SERVICE_HOST" not in env or index is None:
         return None
@@ -293,7 +294,7 @@ def _kubernetes(env: Mapping[str, str]) -> Cluster | None:
 
 
 def _port(env: Mapping[str, str], job: int) -> str:
-    """JAX_COORDINATOR_PORT, or a port by the number of the job, so that jobs that share a host rarely meet."""
+    """JAX_COORDINATOR_PORT, or a port from the number of the job, so that jobs on one host rarely collide."""
     return env.get("JAX_COORDINATOR_PORT") or str(_FIRST_PORT + job % _PORTS)
 
 

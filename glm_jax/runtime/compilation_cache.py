@@ -1,7 +1,8 @@
-"""Compiled programs kept in a directory, so that a later process need not compile them again.
+"""jax's persistent compilation cache in a directory, so that a later process need not compile the same programs again.
 
-jax keys each program by its code, its devices and its own version. Here the directory of the programs is one for each
-version of this package and of jax, architecture and mesh, so that what nobody uses any more can be found and deleted.
+jax keys each program by its code, its devices and the version of jax. Here each version of this package and of jax,
+each architecture and each mesh has a directory of its own, so that a user can see which programs are obsolete and
+delete them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from glm_jax.version import VERSION
 
 
 def cache_directory(root: str | Path, config: ModelConfig, mesh: Mesh) -> Path:
-    """Where below `root` the programs of a model on a mesh are kept."""
+    """The directory below `root` for the programs of a model on a mesh."""
     sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     digest = hashlib.sha256(repr(config).encode()).hexdigest()[:12]
     return Path(root) / f"{VERSION}-jax{jax.__version__}-{sizes}-{digest}"
@@ -44,7 +45,7 @@ def make_cache_directory(root: str | Path, config: ModelConfig, mesh: Mesh) -> P
 
 
 def keep_programs(root: str | Path, config: ModelConfig, mesh: Mesh) -> Path:
-    """Let this process look for compiled programs in a directory below `root`, and keep there what it compiles.
+    """Make this process read compiled programs from a directory below `root`, and write there what it compiles.
 
     Returns the directory.
 
@@ -52,7 +53,7 @@ def keep_programs(root: str | Path, config: ModelConfig, mesh: Mesh) -> Path:
         InputError: there is a file, or it cannot be made or written to.
     """
     directory = make_cache_directory(root, config, mesh)
-    compilation_cache.reset_cache()  # it opens its directory once
+    compilation_cache.reset_cache()  # jax opens its directory only once
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

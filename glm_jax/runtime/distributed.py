@@ -1,9 +1,9 @@
 """Several processes as one program: `start` connects them, and none of them waits for one that has failed.
 
-All processes run the same program over the devices of all. One that fails says so through the key-value store that jax
-connects them with; the others look there every second, wherever their devices are waiting, and all of them end with
-one line, printed by process 0. A process that is killed cannot say anything: jax ends the others once they have missed
-its heartbeats.
+All processes run the same program over the devices of all. A process that fails writes its error to the key-value store
+that jax connects the processes with. The others read the store every second, even while their devices wait, and all end
+with one line, printed by process 0. A process that is killed writes nothing: jax ends the others after its heartbeats
+have been missing for `HEARTBEAT_TIMEOUT` seconds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ START_TIMEOUT = 300.0
 HEARTBEAT_TIMEOUT = 100.0
 WATCH_SECONDS = 1.0
 _FAILURE, _TOLD, _LEFT = "glm_jax/failure", "glm_jax/told", "glm_jax/left/"
-_PATIENCE = 3 * WATCH_SECONDS  # of a failing process for the others, who look every WATCH_SECONDS
+_PATIENCE = 3 * WATCH_SECONDS  # how long a failing process waits for the others, which read every WATCH_SECONDS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -150,7 +150,7 @@ def _connect(cluster: Cluster, *, start_timeout: float, heartbeat_timeout: float
 
 
 def _joined(index: int, count: int, *, detected_by: str, coordinator: str | None) -> Processes:
-    """The processes once jax has connected them: from now on they end together."""
+    """The processes, which jax has just connected: from now on they end together."""
     global _watch
     if count > 1:
         _watch = _Watch(index, count)
@@ -163,16 +163,16 @@ def _joined(index: int, count: int, *, detected_by: str, coordinator: str | None
 def _excepthook(
     before: Callable[..., Any], kind: type[BaseException], error: BaseException, traceback: TracebackType | None
 ) -> None:
-    """What ends a program by its traceback in one process ends it in all of them."""
+    """An uncaught exception of one process ends all of them."""
     before(kind, error, traceback)
     line = " ".join(str(error).split())
     fail(1, f"{kind.__name__}: {line}" if line else kind.__name__)
 
 
 def fail(status: int, line: str) -> NoReturn:
-    """End all processes with an exit status; process 0 prints the line. If another has failed before, it is its line.
+    """End all processes with an exit status; process 0 prints the line, or that of a process that failed before.
 
-    Returns to nobody, flushes stdout and stderr, and runs nothing that waits for other processes.
+    Flushes stdout and stderr, does not return, and runs no exit handler that would wait for other processes.
 
     Raises:
         RuntimeError: there are no other processes.
@@ -185,7 +185,7 @@ def fail(status: int, line: str) -> NoReturn:
     failure = _Failure(_watch.index, status, line)
     try:
         _client().key_value_set(_FAILURE, json.dumps(dataclasses.astuple(failure)))
-    except Exception:  # jax's own error, of another class in each version: there is one already, or no process 0
+    except Exception:  # jax's own error, of another class in each version: a failure is stored, or process 0 is gone
         failure = _stored_failure() or failure
     _leave(failure)
 
@@ -201,7 +201,7 @@ class _Failure:
 
 
 class _Watch(threading.Thread):
-    """Looks every second whether another process has failed, while this one may be waiting for it."""
+    """Checks every second whether another process has failed, for which this one may be waiting."""
 
     def __init__(self, index: int, count: int) -> None:
         super().__init__(name="glm_jax.distributed", daemon=True)
@@ -215,7 +215,7 @@ class _Watch(threading.Thread):
                 _leave(failure)
 
     def stop(self) -> None:
-        """Look no more; a thread must not be inside jax while Python ends."""
+        """Stop watching: no thread may be inside jax while Python shuts down."""
         self._over.set()
         self.join()
 
@@ -223,12 +223,12 @@ class _Watch(threading.Thread):
 def _stored_failure() -> _Failure | None:
     try:
         return _Failure(*json.loads(_client().key_value_try_get(_FAILURE)))
-    except Exception:  # no such key; or no process 0 any more, which is for jax to say
+    except Exception:  # no such key; or process 0 is gone, which jax reports
         return None
 
 
 def _leave(failure: _Failure) -> NoReturn:
-    """Print, if it is this process's to print, and go. Process 0 goes last: with it goes what connects the others."""
+    """Print the failure, if this process is to, and exit. Process 0 exits last: it holds the key-value store."""
     assert _watch is not None
     _leaving.acquire()  # never released: the other thread that comes here stays until the process has gone
     client, index, others = _client(), _watch.index, _watch.count - 1
@@ -237,7 +237,7 @@ def _leave(failure: _Failure) -> NoReturn:
         with contextlib.suppress(Exception):
             client.key_value_set(_TOLD, "yes")
         _until(lambda: len(client.key_value_dir_get(_LEFT)) >= others)
-        time.sleep(0.2)  # from a process's word that it leaves until it has left
+        time.sleep(0.2)  # a process says that it exits shortly before it does
     else:
         told = _until(lambda: client.key_value_try_get(_TOLD) == "yes")
         if not told and failure.index == index:
@@ -253,12 +253,12 @@ def _say(line: str) -> None:
 
 
 def _client() -> Any:
-    """jax's connection to the key-value store, which process 0 holds; its methods raise what differs by version."""
+    """jax's connection to the key-value store of process 0; the classes of its errors differ by version."""
     return jax_distributed.global_state.client
 
 
 def _until(condition: Callable[[], bool]) -> bool:
-    """Wait for a condition on the key-value store, as long as patience lasts; a key that is not there is an error."""
+    """Wait up to `_PATIENCE` seconds for a condition on the key-value store; an error (no such key) means not yet."""
     deadline = time.monotonic() + _PATIENCE
     while time.monotonic() < deadline:
         with contextlib.suppress(Exception):

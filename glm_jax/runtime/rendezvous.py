@@ -1,7 +1,8 @@
-"""Where the processes of a job meet before jax connects them: process 0 listens, the others come.
+"""A rendezvous of the processes of a job before jax connects them: process 0 listens, the others connect to it.
 
-jax ends a process that waited in vain for the others with a stack trace. Meeting first, on the same port, tells in one
-line who is missing, who came twice, and whose versions differ. A process sends one line of JSON and gets one back.
+jax ends a process that waited in vain for the others with a stack trace. A rendezvous on the same port beforehand tells
+in one line which processes are missing, which index was used twice, and whose versions differ. A process sends one line
+of JSON and gets one back.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ MAX_LINE = 4096
 
 
 def meet(address: str, index: int, count: int, *, timeout: float, versions: dict[str, str]) -> None:
-    """Return once all `count` processes have come to `address`; process 0 listens there, and not any more afterwards.
+    """Return once all `count` processes have connected to `address`, where process 0 listens until then.
 
     Args:
         address: HOST:PORT of process 0.
@@ -59,7 +60,7 @@ def _wait_for_others(port: int, greeting: dict[str, Any], *, deadline: float, ti
             stack.enter_context(arrived)
             other = _read(arrived)
             if not isinstance(other, dict) or other.get("greeting") != GREETING:
-                continue  # a health check or a port scan
+                continue  # not one of ours: a health check, or a port scan
             problem = _misfit(greeting, other, present)
             if problem is not None:
                 _refuse({**present, -1: arrived}, problem)
@@ -68,7 +69,7 @@ def _wait_for_others(port: int, greeting: dict[str, Any], *, deadline: float, ti
 
 
 def _misfit(greeting: dict[str, Any], other: dict[str, Any], present: dict[int, socket.socket]) -> str | None:
-    """Why a process cannot join, or None."""
+    """Why a process may not take part, or None."""
     index, count = other.get("index"), greeting["count"]
     if other.get("count") != count:
         return f"process 0 counts {count} processes, process {index} counts {other.get('count')}"
@@ -91,7 +92,7 @@ def _go_to_first(address: tuple[str, int], greeting: dict[str, Any], *, deadline
         try:
             with socket.create_connection(address, timeout=max(0.1, deadline - time.monotonic())) as connection:
                 _send(connection, greeting)
-                # Process 0 answers when all have come, or says by its own clock that they did not.
+                # Process 0 answers when all have connected, or when its own time is up.
                 connection.settimeout(max(0.1, deadline - time.monotonic()) + 2 * READ_SECONDS)
                 answer = _receive(connection)
         except OSError as error:
@@ -104,7 +105,7 @@ def _go_to_first(address: tuple[str, int], greeting: dict[str, Any], *, deadline
             raise Error(answer["refused"])
         if answer is not None:
             raise Error(f"{where}: another program answers there; choose another port")
-        reason = "it closed the connection"  # it ended, or is one that is about to
+        reason = "it closed the connection"  # it has ended, or is about to
         time.sleep(RETRY_SECONDS)
     raise Error(f"{where} was not reached within {timeout:g} s ({reason})")
 
@@ -132,7 +133,7 @@ def _accept(listener: socket.socket, deadline: float) -> socket.socket | None:
 
 
 def _read(connection: socket.socket) -> Any:
-    """The line that someone sends who came; None for what is none."""
+    """What a connected process sends; None if nothing came that can be read."""
     connection.settimeout(READ_SECONDS)
     try:
         return _receive(connection)
@@ -162,7 +163,7 @@ def _send(connection: socket.socket, value: dict[str, Any]) -> None:
 
 def _tell(present: dict[int, socket.socket], value: dict[str, Any]) -> None:
     for connection in present.values():
-        with contextlib.suppress(OSError):  # who has gone is missed later, by jax
+        with contextlib.suppress(OSError):  # a process that is gone: jax notices it
             _send(connection, value)
 
 
