@@ -86,17 +86,24 @@ def _sent(results: dict[str, dict[str, Any]]) -> list[str]:
         "Exchanges of one step, by kind and by the devices that take part in one: how many, and MiB of the arrays that "
         "are gathered, summed or exchanged, all of a group together.",
         "",
-        "| row | kind | devices | exchanges | MiB |",
-        "|---|---|---|---|---|",
+        "Tokens are sent to their experts, and the results back, in rounds. A round that no device needs is skipped "
+        "when the program runs, so all rounds of a layer count as one exchange here, with one round's buffers: even "
+        "routing takes one. `rounds` is how many the program has, for routing that sends all tokens to one device. A "
+        "`ragged-all-to-all` sends only the rows of its buffers that are filled, and each row in one round only. Its "
+        "MiB are therefore an upper bound for any routing, about a quarter above what is sent.",
+        "",
+        "| row | kind | devices | exchanges | rounds | MiB |",
+        "|---|---|---|---|---|---|",
     ]
     for name, result in _done(results):
-        found: dict[tuple[str, int], list[int]] = {}
+        found: dict[tuple[str, int, int], list[int]] = {}
         for each in result["report"]["sent"]:
-            entry = found.setdefault((each["kind"], each["group"]), [0, 0])
+            entry = found.setdefault((each["kind"], each["group"], each["rounds"]), [0, 0])
             entry[0] += each["times"]
             entry[1] += each["times"] * each["nbytes"]
-        for (kind, group), (times, nbytes) in sorted(found.items()):
-            lines.append(f"| {name} | {kind} | {group} | {times} | {nbytes / MIB:.1f} |")
+        for (kind, group, rounds), (times, nbytes) in sorted(found.items()):
+            shown = "1" if rounds == 1 else f"up to {rounds}"
+            lines.append(f"| {name} | {kind} | {group} | {times} | {shown} | {nbytes / MIB:.1f} |")
     return lines
 
 

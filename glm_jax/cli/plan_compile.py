@@ -161,12 +161,13 @@ def _show(report: Report, planned: Estimate) -> None:
         rows.append((name, f"{size(found):>11}", f"planned {size(said)}, x{said / max(1, found):.3f}"))
     rows.insert(1, ("temporaries", f"{size(report.temporaries):>11}", ""))
     print(printing.columns(rows, indent="  "))
-    sent: dict[tuple[str, int], list[int]] = {}
+    sent: dict[tuple[str, int, int], list[int]] = {}
     for each in report.sent:
-        entry = sent.setdefault((each.kind, each.group), [0, 0])
+        entry = sent.setdefault((each.kind, each.group, each.rounds), [0, 0])
         entry[0], entry[1] = entry[0] + each.times, entry[1] + each.times * each.nbytes
-    for (kind, group), (times, nbytes) in sorted(sent.items()):
-        print(f"  {times} x {kind} among {group}, {size(nbytes)} in all")
+    for (kind, group, rounds), (times, nbytes) in sorted(sent.items()):
+        more = "" if rounds == 1 else f" if the first of {rounds} rounds is enough"
+        print(f"  {times} x {kind} among {group}, {size(nbytes)} in all{more}")
     for moved in report.moved[:SHOWN]:
         print(f"  {moved.times} x {moved.kind} of {moved.array} that computes nothing")
 

@@ -2,7 +2,8 @@
 
 The text is that of the optimised HLO (`compiled.as_text()`), in which an instruction that is not inside a fusion is a
 kernel that reads its operands from memory and writes its result there. An instruction in the body of a loop counts as
-often as the loop runs.
+often as the loop runs. The text does not tell in which trips of a loop a condition in its body holds: an instruction
+under one counts once for the whole loop, and the trips of the loop are its `rounds`.
 """
 
 from __future__ import annotations
@@ -69,24 +70,55 @@ class Sent:
     Attributes:
         kind: one of `SENT`.
         group: devices that take part together; 0 where the text does not tell.
-        nbytes: of the whole array: what a gather makes, what a reduction sums, what an all-to-all exchanges.
+        nbytes: of the whole array: what a gather makes, what a reduction sums, what an all-to-all exchanges. Of a
+            ragged exchange these are its buffers, of which only the rows that are filled are sent.
+        times: how often the program comes to it, all trips of a loop with a condition around it as one.
+        rounds: of an exchange under a condition in a loop the trips of the loop, which are the most that it may run
+            each time (so the experts' exchange skips the rounds that no device needs); 1 of any other.
     """
 
     kind: str
     group: int
     nbytes: int
     times: int
+    rounds: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Moved:
-    """A kernel that writes an array to memory without computing: a copy, a transpose, a slice, a conversion."""
+    """A kernel that writes an array to memory without computing: a copy, a transpose, a slice, a conversion.
+
+    `times` is the most that it runs: as if every condition around it held.
+    """
 
     kind: str
     array: str
     nbytes: int
     times: int
     where: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Runs:
+    """How often a computation runs.
+
+    Attributes:
+        times: the runs, all trips of a loop with a condition in it as one.
+        rounds: as `Sent.rounds`.
+        trips: of the innermost loop around the computation, if no condition stands between; they are part of `times`.
+    """
+
+    times: int
+    rounds: int = 1
+    trips: int = 1
+
+    def looped(self, trips: int) -> _Runs:
+        """The runs of a loop's body."""
+        return _Runs(self.times * trips, self.rounds, trips)
+
+    def conditional(self) -> _Runs:
+        """The runs of a branch, if its condition holds once in a loop."""
+        return _Runs(self.times // self.trips, self.rounds * self.trips)
 
 
 class Program:
@@ -105,8 +137,8 @@ class Program:
 
     def sent(self) -> tuple[Sent, ...]:
         """Every exchange between devices, equal ones added up."""
-        found: dict[tuple[str, int, int], int] = {}
-        for instruction, times in self._executed(self.entry, 1, fused=True):
+        found: dict[tuple[str, int, int, int], int] = {}
+        for instruction, runs in self._executed(self.entry, _Runs(1), fused=True):
             kind = instruction.opcode.removesuffix("-start")
             if kind not in SENT:
                 continue
@@ -118,9 +150,12 @@ class Program:
             if kind in ("all-to-all", "ragged-all-to-all") or instruction.opcode == "reduce-scatter":
                 nbytes *= max(1, group)
             if group != 1 and nbytes:
-                key = kind, group, nbytes
-                found[key] = found.get(key, 0) + times
-        return tuple(Sent(kind=k, group=g, nbytes=n, times=t) for (k, g, n), t in sorted(found.items()))
+                key = kind, group, nbytes, runs.rounds
+                found[key] = found.get(key, 0) + runs.times
+        return tuple(
+            Sent(kind=kind, group=group, nbytes=nbytes, times=times, rounds=rounds)
+            for (kind, group, nbytes, rounds), times in sorted(found.items())
+        )
 
     def moved(self, at_least: int) -> tuple[Moved, ...]:
         """Every kernel that only moves an array of `at_least` bytes within the device's memory.
@@ -128,26 +163,32 @@ class Program:
         Updates in place are none, nor is what is read into a cache of the processor.
         """
         found = []
-        for instruction, times in self._executed(self.entry, 1, fused=False):
+        for instruction, runs in self._executed(self.entry, _Runs(1), fused=False):
             large = [a for a in self._written(instruction) if a.in_memory and a.nbytes >= at_least]
             kind = self._kind(instruction)
             if large and kind is not None:
                 where = re.search(r'op_name="([^"]*)"', instruction.text)
                 array = max(large, key=lambda each: each.nbytes)
                 label = "" if where is None else where[1]
+                times = runs.times * runs.rounds
                 found.append(Moved(kind=kind, array=str(array), nbytes=array.nbytes, times=times, where=label))
         return tuple(found)
 
-    def _executed(self, computation: str, times: int, *, fused: bool) -> Iterator[tuple[Instruction, int]]:
+    def _executed(self, computation: str, runs: _Runs, *, fused: bool) -> Iterator[tuple[Instruction, _Runs]]:
         """Each instruction that runs, with how often; those inside of fusions if `fused`."""
         for instruction in self.computations.get(computation, {}).values():
-            yield instruction, times
+            yield instruction, runs
             if instruction.opcode in _FUSIONS and not fused:
                 continue
-            repeats = self._trips(instruction) if instruction.opcode == "while" else 1
-            if instruction.opcode in ("while", "conditional", "call", *_FUSIONS) or "async" in instruction.opcode:
-                for called in instruction.called:
-                    yield from self._executed(called, times * repeats, fused=fused)
+            inside = runs
+            if instruction.opcode == "while":
+                inside = runs.looped(self._trips(instruction))
+            elif instruction.opcode == "conditional":
+                inside = runs.conditional()
+            elif instruction.opcode not in ("call", *_FUSIONS) and "async" not in instruction.opcode:
+                continue
+            for called in instruction.called:
+                yield from self._executed(called, inside, fused=fused)
 
     def _trips(self, loop: Instruction) -> int:
         """How often a loop runs: as the compiler notes it, or the constant that its condition compares with."""

@@ -56,6 +56,46 @@ def test_groups_of_two_axes_and_of_none(mesh):
     assert sent(mesh, jnp.sin) == ()
 
 
+def swap(x):
+    return jnp.sin(lax.all_to_all(x, "expert", 0, 0, tiled=True))
+
+
+def needed(x):
+    """A condition that depends on the data, and is the same on all devices."""
+    return lax.pmax(jnp.max(x), ("data", "expert", "tensor")) > 0
+
+
+def some_rounds(x, rounds, run=swap):
+    """A loop that runs its body in the rounds that are needed, as the experts' exchange does."""
+
+    def body(x, number):
+        return lax.cond(needed(x) & (number < jnp.sum(x)), run, lambda x: x, x), None
+
+    return lax.scan(body, x, jnp.arange(rounds))[0]
+
+
+def times_and_rounds(exchanges: tuple[Sent, ...]) -> list[tuple[int, int]]:
+    """Of the all-to-alls alone: the conditions have exchanges of their own."""
+    assert {each.nbytes for each in exchanges if each.kind == "all-to-all"} <= {4 * LOCAL}
+    return [(each.times, each.rounds) for each in exchanges if each.kind == "all-to-all"]
+
+
+@pytest.mark.parametrize(
+    ("body", "trips", "expected"),
+    [
+        (lambda x: lax.cond(needed(x), swap, lambda x: x, x), 1, [(1, 1)]),  # taken once, if at all
+        (lambda x: some_rounds(x, 7), 1, [(1, 7)]),
+        (lambda x: some_rounds(x, 7), TRIPS, [(TRIPS, 7)]),
+        (lambda x: some_rounds(swap(x), 7), TRIPS, [(TRIPS, 1), (TRIPS, 7)]),
+        (lambda x: some_rounds(x, 7, lambda x: lax.scan(lambda x, _: (swap(x), None), x, length=3)[0]), 1, [(3, 7)]),
+        (lambda x: some_rounds(x, 7, lambda x: lax.cond(jnp.sum(x) > 3, swap, jnp.cos, x)), 1, [(1, 7)]),
+        (lambda x: some_rounds(x, 7, lambda x: some_rounds(x, 3)), TRIPS, [(TRIPS, 21)]),
+    ],
+)
+def test_rounds_that_may_be_skipped_count_as_one_exchange(mesh, body, trips, expected):
+    assert times_and_rounds(sent(mesh, body, trips=trips)) == expected
+
+
 def moved(function, *arguments, **options) -> list[tuple[str, int]]:
     program = Program(jax.jit(function, **options).lower(*arguments).compile().as_text())
     return [(each.kind, each.nbytes) for each in program.moved(arguments[0].size * 4 // 2)]
