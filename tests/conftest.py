@@ -1,12 +1,21 @@
-"""What all tests run under: jax on the CPU as eight devices, started here; child processes see none of that."""
+"""What all tests run under: jax on the CPU as eight devices, and one cache of compiled programs.
+
+Child processes see the cache, by the environment, and not the devices and flags.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
 DEVICES = 8
+# Compiled programs of earlier runs, of the other workers and of child processes. jax keys each by its code, its flags
+# and its version. Nothing is ever evicted, so a run that finds more than this starts anew.
+PROGRAMS = Path(__file__).parents[1] / ".jax_cache"
+MOST_BYTES = 2**30
 
 
 # Compiling is what most tests wait for. Without LLVM's optimisations, and on jax 0.10 (later ones do not know the flag,
@@ -35,8 +44,24 @@ def _start_jax() -> None:
         os.environ["XLA_FLAGS"] = before
 
 
+def _share_programs() -> None:
+    """Let this process and its children keep compiled programs in one directory.
+
+    An entry that cannot be read or written (a worker that was killed leaves half a file) costs a compilation and a
+    warning, which setup.cfg allows; child processes do not say it, since tests read what they say.
+    """
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    if not is_worker and sum(path.stat().st_size for path in PROGRAMS.glob("*")) > MOST_BYTES:
+        shutil.rmtree(PROGRAMS)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROGRAMS))
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.02"
+    quiet = (f"ignore:Error {verb} persistent compilation cache entry:UserWarning" for verb in ("reading", "writing"))
+    os.environ["PYTHONWARNINGS"] = ",".join([*filter(None, [os.environ.get("PYTHONWARNINGS")]), *quiet])
+
+
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+_share_programs()
 _start_jax()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from glm_jax.planning.compile import Estimate
 from glm_jax.planning.memory import Optimizer, measure
 from glm_jax.planning.meshes import abstract_mesh
 from glm_jax.planning.placement import abstract_model, place
+from tests import processes
 
 GIB = 2**30
 SCRIPT = Path(aot.__file__)
@@ -72,10 +72,7 @@ def test_the_document_holds_the_kept_results():
 
 
 def run(*arguments, **environment) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), *arguments]
-    return subprocess.run(
-        command, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=1000
-    )
+    return processes.run([sys.executable, str(SCRIPT), *arguments], **environment)
 
 
 def test_rows_are_chosen_by_name():

@@ -7,8 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import pytest
 import glm_jax
 from glm_jax.checkpoint.orbax_source import MANIFEST
 from glm_jax.errors import CheckpointError, ConfigError, Error
-from tests import published
+from tests import processes, published
 
 INDEX = "model.safetensors.index.json"
 LAYER = "model.layers.1."
@@ -383,12 +381,6 @@ RUN = """
 """
 
 
-def child(*arguments: str, program: str = RUN, **options: Any) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
-    command = [sys.executable, "-c", textwrap.dedent(program), *arguments]
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, **options)
-
-
 def test_a_full_disk(tmp_path, single):
     """On a real file system of 1 MB where the test may mount one; else the process may write no larger file."""
     glm_jax.convert(single, tmp_path / "orbax")
@@ -398,9 +390,8 @@ def test_a_full_disk(tmp_path, single):
     mounted = os.geteuid() == 0 and subprocess.run(["mount", *options], capture_output=True).returncode == 0
     try:
         for verb, source in (("convert", single), ("export", tmp_path / "orbax")):
-            process = child(verb, str(source), str(place / "out"), "0" if mounted else "4000")
-            line, _ = process.communicate(timeout=100)
-            assert process.returncode == 0 and len(line.splitlines()) == 1, line
+            line = processes.said(RUN, verb, source, place / "out", 0 if mounted else 4000)
+            assert len(line.splitlines()) == 1, line
             assert ("free" if mounted else "larger than") in line and str(place / "out") in line
             assert os.listdir(place) == []
     finally:
@@ -416,7 +407,7 @@ def test_a_disk_that_fills_up_midway(tmp_path, single):
     glm_jax.convert(single, tmp_path / "orbax")
     for verb, source in (("convert", single), ("export", tmp_path / "orbax")):
         before = tree(tmp_path)
-        line, _ = child(verb, str(source), str(tmp_path / "out"), "10000").communicate(timeout=100)
+        line = processes.said(RUN, verb, source, tmp_path / "out", 10_000)
         assert len(line.splitlines()) == 1 and "larger than" in line and str(tmp_path / "out") in line
         assert {path for path in tree(tmp_path) if ".partial-unfinished" not in str(path)} == set(before)
         assert (tree(tmp_path) == before) or "the same command goes on from there" in line
@@ -428,18 +419,21 @@ def test_a_disk_that_fills_up_midway(tmp_path, single):
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_conversion_that_is_killed_leaves_no_final_name(tmp_path, single, end):
     program = """
-        import sys, time
+        import signal, sys
         import glm_jax
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
         def progress(done, total):
             if done > total // 2:
                 print("half", flush=True)
-                time.sleep(60)
+                sys.stdin.read()
         glm_jax.convert(sys.argv[1], sys.argv[2], progress=progress)
     """
-    process = child(str(single), str(tmp_path / "out"), program=program, stderr=subprocess.DEVNULL)
-    assert process.stdout is not None and process.stdout.readline() == "half\n"
-    process.send_signal(end)
-    process.communicate(timeout=30)
+    command = processes.command(program, single, tmp_path / "out")
+    with processes.started(command, stdin=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == "half\n"
+        process.send_signal(end)
+        process.communicate(timeout=processes.GIVE_UP)
+    assert process.returncode != 0
     left = set(os.listdir(tmp_path)) - {"hf"}
     assert "out" not in left and all(name.startswith("out.partial-") for name in left)
     glm_jax.convert(single, tmp_path / "out")

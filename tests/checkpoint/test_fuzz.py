@@ -12,7 +12,6 @@ import math
 import random
 import resource
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,7 +30,6 @@ SOURCES = {"glm": None, "deepseek": "deepseek-odd", "kimi": "kimi-32"}
 ROUNDS = pytest.mark.parametrize(
     ("first", "rounds"), [(0, 12), pytest.param(1000, 150, marks=pytest.mark.slow)], ids=["few", "many"]
 )
-MOST_SECONDS = 20  # of one reading, on a machine that is busy
 MOST_MEGABYTES = 400  # that all the readings may add to this process
 
 
@@ -63,13 +61,11 @@ def outcomes(path: Path, use: Callable[[], object], *, first: int, rounds: int) 
     try:
         for seed in range(first, first + rounds):
             path.write_bytes(mutate(content, random.Random(f"{path.parent.name}/{path.name}/{seed}")))
-            started = time.monotonic()
             try:
                 outcome = use()
             except glm_jax.Error as error:
                 assert "\n" not in str(error) and len(str(error)) < 20_000
                 outcome = error
-            assert time.monotonic() - started < MOST_SECONDS, seed
             yield outcome
     finally:
         path.write_bytes(content)
@@ -164,10 +160,8 @@ def test_numbers_beyond_all_bounds(place, tmp_path, key):
         config = json.loads((source / "config.json").read_text())
         (source / "config.json").write_text(json.dumps({**config, key: 10**12}))
         for use in (open_source, dry_run):
-            started = time.monotonic()
             with contextlib.suppress(glm_jax.Error):
                 assert use(source).problems
-            assert time.monotonic() - started < MOST_SECONDS
 
 
 def test_a_list_that_unpacks_to_more_than_a_list(tmp_path, monkeypatch):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 
 from glm_jax.checkpoint.orbax_io import DTYPES, ArraySpec, Index, OrbaxReader, OrbaxWriter
 from glm_jax.errors import CheckpointError
+from tests import processes
 
 SPECS = {
     **{f"moe.experts.{dtype}": ArraySpec((2, 4, 3, 5), dtype, (1, 1, 3, 5)) for dtype in DTYPES},
@@ -152,16 +152,8 @@ def test_plain_orbax_restores_onto_eight_devices(checkpoint: Path) -> None:
                 assert np.array_equal(np.asarray(tree[name]), reader.read(name)), name
         print(len(new["moe.experts.bfloat16"].addressable_shards), new["embed"].addressable_shards[0].data.shape)
     """)
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(checkpoint)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.stdout.split("\n")[0] == "8 (2, 3)", done.stderr
+    devices = "--xla_force_host_platform_device_count=8"
+    assert processes.said(program, checkpoint, XLA_FLAGS=devices).split("\n")[0] == "8 (2, 3)"
 
 
 # --- with our reader ------------------------------------------------------------------------------------------------
@@ -343,9 +335,6 @@ def test_a_refused_write_names_the_array_the_chunk_and_the_reason(tmp_path: Path
         except CheckpointError as error:
             print(error)
     """)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.startswith(f"{tmp_path / 'default' / 'a'}: the file is larger than"), done.stdout
-    assert done.stdout.endswith("(cannot write [1, 0:50000])\n")
+    line = processes.said(program, tmp_path)
+    assert line.startswith(f"{tmp_path / 'default' / 'a'}: the file is larger than"), line
+    assert line.endswith("(cannot write [1, 0:50000])\n")

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
-import textwrap
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +19,7 @@ from glm_jax.checkpoint.directories import open_directory
 from glm_jax.checkpoint.files import is_url
 from glm_jax.checkpoint.safetensors_dir import SafetensorsDir
 from glm_jax.sharding import weights_by_name
-from tests import published
+from tests import processes, published
 from tests.checkpoint import quantized_sources as sources
 from tests.checkpoint.range_server import RangeServer, serving
 
@@ -270,11 +267,7 @@ def test_what_is_not_installed_is_named(url, module, extra):
         except glm_jax.CheckpointError as error:
             print(error)
     """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
-    said = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], env=environment, text=True, capture_output=True, check=True
-    )
-    lines = said.stdout.splitlines()
+    lines = processes.said(program).splitlines()
     assert len(lines) == 2 and all(line.startswith(f"{url}: ") for line in lines)
     assert all(line.endswith(f"pip install 'glm_jax[{extra}]'") for line in lines)
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import pytest
 
 import glm_jax
 from glm_jax.checkpoint.journal import Journal, Shard
-from tests import published
+from tests import processes, published
 
 # Converts as often as the lines on stdin say, each line (target, shard, item to be killed at, microseconds after it).
 CONVERTER = """
@@ -59,10 +57,7 @@ def content(directory: Path) -> dict[str, bytes]:
 
 
 def start(source: Path, target: Path, *, shard: str = "0/1", verb: str = "convert", kill: tuple[int, int] = (NEVER, 0)):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path]), "JAX_PLATFORMS": "cpu"}
-    arguments = [str(source), str(target), shard, verb, *map(str, kill)]
-    command = [sys.executable, "-c", textwrap.dedent(CONVERTER), *arguments]
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return processes.started(processes.command(CONVERTER, source, target, shard, verb, *kill))
 
 
 def kill_until_complete(source: Path, target: Path, kills: int, *, seed: int, verb: str = "convert") -> int:
@@ -70,8 +65,8 @@ def kill_until_complete(source: Path, target: Path, kills: int, *, seed: int, ve
     chance, killed = random.Random(seed), 0
     while True:
         kill = (chance.randint(1, 12), chance.randint(0, 4000)) if killed < kills else (NEVER, 0)
-        process = start(source, target, verb=verb, kill=kill)
-        _, complaint = process.communicate(timeout=300)
+        with start(source, target, verb=verb, kill=kill) as process:
+            _, complaint = process.communicate(timeout=processes.GIVE_UP)
         if process.returncode == 0:
             return killed
         assert process.returncode == -signal.SIGKILL, complaint
@@ -101,9 +96,10 @@ def test_an_export_that_is_killed_goes_on(tmp_path, source):
 
 
 def test_processes_share_a_conversion(tmp_path, source, expected):
-    processes = [start(source, tmp_path / "out", shard=f"{i}/3") for i in range(3)]
-    said = [process.communicate(timeout=300)[0].strip() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0]
+    with contextlib.ExitStack() as stack:
+        shares = [stack.enter_context(start(source, tmp_path / "out", shard=f"{i}/3")) for i in range(3)]
+        said = [share.communicate(timeout=processes.GIVE_UP)[0].strip() for share in shares]
+    assert [share.returncode for share in shares] == [0, 0, 0]
     assert "complete" in said
     assert content(tmp_path / "out") == expected
 

