@@ -1,21 +1,23 @@
-# Everything a checkout can do. It needs Python 3.11 or 3.12, make and bash, and keeps what it installs in .venv.
+# Everything a checkout can do. It needs Python 3.11 or newer, make and bash, and keeps what it installs in .venv.
 
 PYTHON ?= python3
+NEWEST_PYTHON ?= $(shell bash scripts/newest_python.sh)
 AOT_PYTHON ?= python3.12
 COMPILERS ?= tpu cuda
 ROWS ?= *
 PYTEST_ARGS ?=
+NEWEST_TESTS := $(wildcard tests/kernels) tests/layers tests/model tests/inference
 VENV_PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help core dev demo test test-all check bench aot clean
+.PHONY: help core dev demo test test-all test-newest check bench aot clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
-	  printf '  make %-9s %s\n' "$$name" "$$text"; done
+	  printf '  make %-11s %s\n' "$$name" "$$text"; done
 	@echo
-	@echo "  PYTHON=python3.12         the Python that .venv is made with (3.11 or 3.12)"
+	@echo "  PYTHON=python3.12       the Python that .venv is made with (3.11, 3.12, 3.13)"
 	@echo "  PYTEST_ARGS='-k moe'    more arguments for pytest"
 	@echo "  ROWS='air-*,kimi-*'     of make aot, by name; COMPILERS=tpu or cuda for one of both"
 
@@ -29,10 +31,18 @@ demo: core  ## show in a few minutes on a CPU what the package does
 	@$(VENV_PYTHON) examples/demo.py
 
 test: dev  ## run the tests, less the slow ones
-	$(VENV_PYTHON) -m pytest -q -n 2 --dist loadfile $(PYTEST_ARGS) tests
+	$(VENV_PYTHON) -m pytest -q -n 2 --dist loadfile --durations=20 $(PYTEST_ARGS) tests
 
 test-all: dev  ## run all tests
 	$(VENV_PYTHON) -m pytest -q -n 2 --dist loadfile -m "slow or not slow" $(PYTEST_ARGS) tests
+
+test-newest:  ## run a part of the tests on the newest Python and jax, if that Python is at hand
+	@if [ -z "$(NEWEST_PYTHON)" ]; then \
+	  echo "Skipped: the tests on the newest jax need Python 3.13 or 3.12, and neither is at hand"; \
+	else \
+	  bash scripts/environment.sh newest "$(NEWEST_PYTHON)" "$(origin NEWEST_PYTHON)" && \
+	  .venv-newest/bin/python -m pytest -q -n 2 --dist loadfile $(PYTEST_ARGS) $(NEWEST_TESTS); \
+	fi
 
 check: dev  ## lint, format, types and the conventions
 	$(VENV_PYTHON) -m ruff check .
@@ -51,5 +61,5 @@ aot:  ## compile the models at real size for TPUs and GPUs that are not here, in
 
 clean:  ## remove the environments, build outputs and caches
 	@echo "removing the environments, build outputs and caches"
-	@rm -rf .venv .venv-aot-tpu .venv-aot-cuda build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
+	@rm -rf .venv .venv-newest .venv-aot-tpu .venv-aot-cuda build dist *.egg-info .jax_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
 	@find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Makes an environment what the checkout asks for, and does nothing where it already is.
 #
-# Usage: environment.sh core|dev|aot-tpu|aot-cuda PYTHON ORIGIN
+# Usage: environment.sh core|dev|newest|aot-tpu|aot-cuda PYTHON ORIGIN
 #
 #   core dev           the package, or it and the tools of its developers, in .venv
+#   newest             the same as dev with the newest versions that the package supports, in .venv-newest
 #   aot-tpu aot-cuda   the package and the compiler for TPUs (2 GB) or for GPUs (5 GB), in .venv-aot-*: they compile for
 #                      devices that are not there
 #   ORIGIN "file"      nobody chose PYTHON, so an existing environment decides
@@ -18,6 +19,7 @@ venv=.venv
 case $profile in
     core) extra= ;;
     dev) extra=[dev] ;;
+    newest) extra=[dev] venv=.venv-newest ;;
     aot-tpu) extra=[tpu] venv=.venv-$profile ;;
     aot-cuda) extra=[cuda13] venv=.venv-$profile ;;
     *) echo "environment.sh: no environment is called '$profile'" >&2 && exit 2 ;;
@@ -43,14 +45,19 @@ print(hashlib.sha256(b"\0".join(parts)).hexdigest())' pyproject.toml "$constrain
 found=$(version_of $venv/bin/python) || found=
 wanted=$found
 if [ -z "$found" ] || [ "$origin" != file ]; then
-    wanted=$(version_of "$python") || fail "no Python at '$python': glm_jax needs 3.11 or 3.12 (make PYTHON=python3.12)"
+    wanted=$(version_of "$python") || fail "no Python at '$python': glm_jax needs 3.11 or newer (make PYTHON=python3.12)"
 fi
-case $wanted in
-    3.11 | 3.12) constraints=constraints/py${wanted/./}.txt ;;
-    *) fail "glm_jax supports Python 3.11 and 3.12, not $wanted: choose one, as in make PYTHON=python3.12" ;;
-esac
+constraints=constraints/newest.txt
 case $profile:$wanted in
-    aot-*:3.11) fail "the environments of make aot are of Python 3.12, not $wanted: make aot AOT_PYTHON=python3.12" ;;
+    *:2.* | *:3.? | *:3.10) fail "glm_jax needs Python 3.11 or newer, not $wanted: choose one, as in make PYTHON=python3.12" ;;
+    aot-*:3.12) constraints=constraints/py312.txt ;;
+    aot-*) fail "the environments of make aot are of Python 3.12, not $wanted: make aot AOT_PYTHON=python3.12" ;;
+    newest:3.11) fail "the newest versions need Python 3.12 or 3.13, not $wanted: make test-newest NEWEST_PYTHON=python3.13" ;;
+    *:3.11) constraints=constraints/py311.txt ;;
+    newest:3.12) ;;
+    *:3.12) constraints=constraints/py312.txt ;;
+    *:3.13) ;;
+    *) echo "glm_jax is tested on Python 3.11 to 3.13; on $wanted it gets the versions tested on 3.13." ;;
 esac
 if [ -n "$found" ] && [ "$found" != "$wanted" ]; then
     fail "$venv holds Python $found and '$python' is $wanted: run make clean first, or leave PYTHON out"

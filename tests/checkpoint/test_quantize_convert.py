@@ -100,7 +100,7 @@ def test_groups_are_smaller_where_128_inputs_are_not_filled(source, converted):
     kept = OrbaxSource(converted("int4")).manifest.kept
     weights = weights_by_name(Transformer(HfSource(source).config))
     for name, layout in kept.items():
-        inputs = math.prod(weights[name].get_raw_value().shape[-weights[name].inputs :])
+        inputs = math.prod(weights[name].get_raw_value().shape[-weights[name].contracting_dims :])
         assert layout.group == math.gcd(128, inputs) >= 32, name
     assert {layout.group for layout in kept.values()} >= {128, 32}
 

@@ -172,7 +172,7 @@ def test_status_is_1_where_the_object_says_not_ok(call, verb):
 
 def test_process_prints_one_object_and_exits_with_2_on_errors(orbax):
     """Two real processes: nothing of jax or the logs reaches stdout, and a mesh that does not divide is refused."""
-    devices = "--xla_force_host_platform_device_count=8"
+    devices = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     command = [sys.executable, "-m", "glm_jax.cli", "generate", f"--model={orbax}", "--tokens=5,6,7", "--json"]
     command += ["--max_new_tokens", "24", "--temperature", "0", "--ignore_eos"]
 

@@ -1,7 +1,8 @@
-"""The constraints pin what pyproject.toml asks for, exactly, on both Pythons."""
+"""The constraints pin what pyproject.toml asks for, exactly, on every Python; all documents name the same Pythons."""
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -14,12 +15,14 @@ from tests.conventions.tree import PACKAGE, ROOT, expect_none
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROJECT = PYPROJECT["project"]
 PACKAGE_DATA = PYPROJECT["tool"]["setuptools"]["package-data"]["glm_jax"]
-PYTHONS = ("3.11", "3.12")
+# The constraints of each Python; those of the newest serve the one before, too, in make test-newest.
+CONSTRAINTS = [("py311.txt", "3.11"), ("py312.txt", "3.12"), ("newest.txt", "3.12"), ("newest.txt", "3.13")]
+PYTHONS = sorted({python for _, python in CONSTRAINTS})
 
 
-def pins(python: str) -> dict[str, Requirement]:
-    """Returns canonical name -> requirement for the constraints of a Python version."""
-    path = ROOT / "constraints" / f"py{python.replace('.', '')}.txt"
+def pins(constraints: str) -> dict[str, Requirement]:
+    """Returns canonical name -> requirement for a file of constraints."""
+    path = ROOT / "constraints" / constraints
     lines = (line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
     return {canonicalize_name(found.name): found for found in map(Requirement, filter(None, lines))}
 
@@ -38,10 +41,27 @@ def pin_faults(pinned: dict[str, Requirement], wanted: list[str], python: str) -
     return faults
 
 
-@pytest.mark.parametrize("python", PYTHONS)
-def test_constraints_pin_the_core_and_the_dev_extra(python):
+@pytest.mark.parametrize(("constraints", "python"), CONSTRAINTS)
+def test_constraints_pin_the_core_and_the_dev_extra(constraints, python):
     wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
-    expect_none(pin_faults(pins(python), wanted, python))
+    expect_none(pin_faults(pins(constraints), wanted, python))
+
+
+def test_every_file_of_constraints_is_of_a_python():
+    assert {path.name for path in (ROOT / "constraints").iterdir()} == {name for name, _ in CONSTRAINTS}
+
+
+def test_supported_pythons_are_the_same_everywhere():
+    """Those before are refused by pip; those after are not refused."""
+    assert PROJECT["requires-python"] == f">={PYTHONS[0]}"
+    assert [name.rpartition(" ")[2] for name in PROJECT["classifiers"] if "Python :: 3." in name] == PYTHONS
+    for document in ("README.md", "CONTRIBUTING.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        assert f"Python {', '.join(PYTHONS[:-1])} or {PYTHONS[-1]}, make and bash" in text
+    rows = re.findall(r"^\| CPU, .*?\| (\S+), jax (\S+) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    newest = {python: next(iter(pins(name)["jax"].specifier)).version for name, python in CONSTRAINTS}
+    newest["3.12"] = next(iter(pins("py312.txt")["jax"].specifier)).version
+    assert dict(rows) == newest
 
 
 def test_pin_check_can_fail():

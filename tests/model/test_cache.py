@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from glm_jax import Transformer, configs
+from glm_jax import Transformer
 from glm_jax.model import abstract_cache, create_cache
 from glm_jax.model.cache import cache_part
-from glm_jax.model.transformer import in_form, runtime_model
+from glm_jax.model.transformer import runtime_model, with_layer_layout
 from glm_jax.planning.meshes import abstract_mesh
 from glm_jax.sharding import Rules, rules_named, with_shardings
 from tests import decoding
+from tests.model.conftest import small
 
 BATCH, LENGTH = 4, 24
 # Of one layer: keys and values of two heads; latent vectors of 24 numbers and a shared key of 8.
@@ -23,7 +24,7 @@ LAYER = {"tiny-glm": [(BATCH, 2, LENGTH, 16)] * 2, "tiny-deepseek": [(BATCH, 1, 
 
 def placed(name: str, mesh, *, stacked: bool = False, rules: Rules | None = None) -> Transformer:
     """An abstract model on a mesh."""
-    model = in_form(runtime_model(configs.get(name), mesh, dtype=jnp.float32, rules=rules), stacked=stacked)
+    model = with_layer_layout(runtime_model(small(name), mesh, dtype=jnp.float32, rules=rules), stacked=stacked)
     return with_shardings(model, mesh, model.rules)
 
 
@@ -33,7 +34,7 @@ def test_shapes(one_device, name, stacked):
     cache = abstract_cache(placed(name, one_device, stacked=stacked), BATCH, LENGTH, mtp=True)
     shapes = [[leaf.shape for leaf in jax.tree.leaves(part)] for part in (cache.dense, cache.moe, cache.mtp)]
     one = LAYER[name]
-    groups = [[(layers, *shape) for shape in one] if stacked else one * layers for layers in (1, 3)]
+    groups = [[(layers, *shape) for shape in one] if stacked else one * layers for layers in (1, 2)]
     assert shapes == [*groups, one]
     assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype(jnp.float32)}
 
@@ -84,9 +85,9 @@ def test_latent_vectors_fill_the_registers_of_a_tpu(platform, size):
 
 @pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "unrolled"])
 @pytest.mark.parametrize("name", LAYER)
-def test_prefill_and_decode_give_what_the_whole_pass_gives(one_device, name, stacked):
+def test_prefill_and_decode_give_what_the_whole_pass_gives(created, name, stacked):
     """Sequences of unequal length, which decode at different positions."""
-    model = Transformer.create(configs.get(name), mesh=one_device, stacked=stacked, seed=1)
+    model = created(name, stacked=stacked)
     tokens = np.random.default_rng(1).integers(0, model.config.vocab_size, (3, 9))
     expected = np.asarray(model(tokens).logits)
     np.testing.assert_allclose(decoding.teacher_forced(model, tokens, np.array([1, 8, 4])), expected, atol=1e-5)

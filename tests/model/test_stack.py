@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from glm_jax import Transformer, configs
+from glm_jax import Transformer
 from glm_jax.model import stack
-from glm_jax.model.transformer import in_form
+from glm_jax.model.transformer import with_layer_layout
+from tests.model.conftest import small
 
 FAMILIES = ["tiny-glm", "tiny-deepseek"]
 
@@ -21,11 +22,11 @@ def check_same(one, other) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_unrolled_layers_are_slices_and_stack_again(one_device, name):
-    group = Transformer.create(configs.get(name), mesh=one_device, stacked=True).moe
+def test_unrolled_layers_are_slices_and_stack_again(created, name):
+    group = created(name, stacked=True).moe
     unrolled = stack.unroll(group)
     assert (stack.is_stacked(group), stack.is_stacked(unrolled)) == (True, False)
-    assert stack.depth(group) == stack.depth(unrolled) == len(unrolled) == 3
+    assert stack.depth(group) == stack.depth(unrolled) == len(unrolled) == 2
     for i, layer in enumerate(unrolled):
         check_same(layer, jax.tree.map(lambda leaf, i=i: leaf[i], group))
     check_same(stack.stack(unrolled), group)
@@ -38,30 +39,27 @@ def test_unrolled_layers_are_slices_and_stack_again(one_device, name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_abstract_groups_turn_likewise(name):
-    group = Transformer(configs.get(name)).moe
+    group = Transformer(small(name)).moe
     unrolled = stack.unroll(group)
-    assert [stack.depth(each) for each in (group, unrolled)] == [3, 3]
+    assert [stack.depth(each) for each in (group, unrolled)] == [2, 2]
     assert jax.tree.leaves(stack.stack(unrolled)) == jax.tree.leaves(group)
-    assert jax.tree.leaves(stack.stack_abstract(unrolled[0], 3)) == jax.tree.leaves(group)
+    assert jax.tree.leaves(stack.stack_abstract(unrolled[0], 2)) == jax.tree.leaves(group)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)], ids=str)
-def test_a_model_turns_and_keeps_its_placement(mesh_of_sizes, sizes):
+def test_a_model_turns_and_keeps_its_placement(created, sizes):
     """The weights lie as if they had been made in the other form, and the first model is what it was."""
-    config, mesh = configs.get("tiny-glm"), mesh_of_sizes(sizes)
-    stacked, unrolled = (Transformer.create(config, mesh=mesh, stacked=form) for form in (True, False))
-    turned = in_form(stacked, stacked=False)
+    stacked, unrolled = (created("tiny-glm", stacked=form, sizes=sizes) for form in (True, False))
+    turned = with_layer_layout(stacked, stacked=False)
     check_same(turned, unrolled)
-    check_same(in_form(turned, stacked=True), stacked)
+    check_same(with_layer_layout(turned, stacked=True), stacked)
     for ours, theirs in zip(jax.tree.leaves(turned), jax.tree.leaves(unrolled), strict=True):
         assert ours.sharding.is_equivalent_to(theirs.sharding, ours.ndim)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_both_forms_run_the_same(one_device, name):
-    config = configs.get(name)
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 7))
-    stacked = Transformer.create(config, mesh=one_device, stacked=True)
-    one, other = (model(tokens, mtp=True) for model in (stacked, in_form(stacked, stacked=False)))
+def test_both_forms_run_the_same(created, name):
+    tokens = np.random.default_rng(0).integers(0, 512, (2, 7))
+    one, other = (created(name, stacked=form)(tokens, mtp=True) for form in (True, False))
     np.testing.assert_allclose(one.logits, other.logits, atol=1e-5)
     np.testing.assert_allclose(one.mtp_logits, other.mtp_logits, atol=1e-5)

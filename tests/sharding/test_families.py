@@ -18,6 +18,12 @@ from tests.operations import DENSE
 
 MESHES = {"1x8x1": (1, 8, 1), "1x1x8": (1, 1, 8), "2x2x2": (2, 2, 2), "8x1x1": (8, 1, 1)}
 FAMILIES = ["deepseek_v3", "kimi_k2", "glm4_moe_lite"]
+FAST = {("deepseek_v3", "1x1x8"), ("deepseek_v3", "2x2x2"), ("kimi_k2", "1x8x1"), ("glm4_moe_lite", "8x1x1")}
+CASES = [
+    pytest.param(family, sizes, id=f"{family}-{name}", marks=() if (family, name) in FAST else pytest.mark.slow)
+    for family in FAMILIES
+    for name, sizes in MESHES.items()
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +45,7 @@ def random_tokens(batch: int, length: int) -> np.ndarray:
     return np.random.default_rng(batch).integers(0, published.BASE["vocab_size"], (batch, length)).astype(np.int32)
 
 
-@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize(("model_type", "sizes"), CASES)
 def test_logits_prefill_and_decode(checkpoint, single, mesh_of_sizes, model_type, sizes):
     """The whole pass, with the MTP layer where there is one, then the same through the latent cache."""
     one, model = single(model_type), glm_jax.load(checkpoint(model_type), mesh=mesh_of_sizes(sizes), stacked=False)

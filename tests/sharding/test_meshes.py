@@ -75,14 +75,15 @@ def check_decode(sharded: Any, single: Any) -> None:
 # --- the same results -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch", [8, 3])
-@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize(
+    ("sizes", "batch"), [*((sizes, 8) for sizes in MESHES.values()), ((1, 4, 2), 3), ((8, 1, 1), 3)], ids=str
+)
 def test_logits_and_mtp_logits(checkpoint, single, mesh_of_sizes, sizes, batch):
     model = glm_jax.load(checkpoint, mesh=mesh_of_sizes(sizes), stacked=batch == 8)
     check_equal(model, single, random_tokens(batch, 9))
 
 
-@pytest.mark.parametrize("batch", [1, 2, 6])
+@pytest.mark.parametrize("batch", [1, 6])
 def test_batches_that_do_not_divide(checkpoint, single, mesh_of_sizes, batch):
     check_equal(glm_jax.load(checkpoint, mesh=mesh_of_sizes((2, 2, 2)), stacked=True), single, random_tokens(batch, 9))
 
@@ -93,7 +94,7 @@ def test_two_kv_heads_on_two_tensor_devices(tmp_path, one_device, mesh_of_sizes)
     check_equal(many, one, random_tokens(4, 9))
 
 
-@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("sizes", [(1, 1, 8), (2, 2, 2), pytest.param((8, 1, 1), marks=pytest.mark.slow)], ids=str)
 def test_greedy_tokens(checkpoint, expected, mesh_of_sizes, sizes):
     """Four prompts: a batch that some of the meshes divide, and some do not."""
     model = glm_jax.load(checkpoint, mesh=mesh_of_sizes(sizes), stacked=True)
@@ -101,7 +102,8 @@ def test_greedy_tokens(checkpoint, expected, mesh_of_sizes, sizes):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "setting"), [((2, 2, 2), "filtered"), ((1, 1, 8), "filtered"), ((1, 8, 1), "sampled")]
+    ("sizes", "setting"),
+    [((2, 2, 2), "filtered"), ((1, 8, 1), "sampled"), pytest.param((1, 1, 8), "filtered", marks=pytest.mark.slow)],
 )
 def test_sampled_tokens(checkpoint, expected, mesh_of_sizes, sizes, setting):
     model = glm_jax.load(checkpoint, mesh=mesh_of_sizes(sizes), stacked=True)
@@ -179,11 +181,14 @@ OWN_RULES = {
     "heads-over-two-axes": Rules(batch=("data",), heads=("expert", "tensor"), kv_heads=("expert", "tensor")),
     "replicated": Rules(batch=(), heads=(), kv_heads=(), expert=(), mlp=(), vocab=()),
 }
+FAST = {"experts-over-two-axes", "batch-over-data-only", "heads-over-two-axes"}
 
 
-@pytest.mark.parametrize("rules", OWN_RULES.values(), ids=OWN_RULES)
-def test_own_rules_give_the_same_logits(checkpoint, single, mesh_of_sizes, rules):
-    model = glm_jax.load(checkpoint, mesh=mesh_of_sizes((2, 2, 2)), rules=rules, stacked=True)
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in OWN_RULES]
+)
+def test_own_rules_give_the_same_logits(checkpoint, single, mesh_of_sizes, name):
+    model = glm_jax.load(checkpoint, mesh=mesh_of_sizes((2, 2, 2)), rules=OWN_RULES[name], stacked=True)
     check_equal(model, single, random_tokens(4, 9))
     check_decode(model, single)
 
@@ -269,17 +274,18 @@ def by_numpy(x: np.ndarray, ids: np.ndarray, weights: np.ndarray, gate_up: np.nd
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 64])
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", EXPERTS)
 def test_implementations_agree_on_one_device(name, tokens):
     for seed in range(2):
         x, ids, weights, gate_up, down = routed_tokens(tokens, seed=seed)
-        run = jax.jit(lambda *a: run_experts(*a[:3], gate_up=a[3], down=a[4], experts=IMPLEMENTATIONS[name]))
+        ops = with_implementations(CPU, experts=name)
+        run = jax.jit(lambda *a: run_experts(*a[:3], gate_up=a[3], down=a[4], ops=ops))
         out = run(x, ids, weights, gate_up, down)
         np.testing.assert_allclose(out, by_numpy(x, ids, weights, gate_up, down), atol=2e-5)
 
 
 @pytest.mark.parametrize("sizes", [*MESHES.values(), (1, 1, 1)], ids=[*MESHES, "1x1x1"])
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", EXPERTS)
 def test_implementations_agree_in_a_shard_map(name, mesh_of_sizes, sizes):
     mesh = mesh_of_sizes(sizes)
     x, ids, weights, gate_up, down = routed_tokens(16)
@@ -291,23 +297,25 @@ def test_implementations_agree_in_a_shard_map(name, mesh_of_sizes, sizes):
         batch = batch_axes(16, mesh)
         arrays = [placed(array, batch) for array in (x, ids, weights)]
         arrays += [placed(gate_up, "expert", None, "tensor"), placed(down, "expert", None, "tensor")]
-        run = jax.jit(lambda *a: run_experts(*a[:3], gate_up=a[3], down=a[4], experts=IMPLEMENTATIONS[name]))
+        ops = with_implementations(CPU, experts=name)
+        run = jax.jit(lambda *a: run_experts(*a[:3], gate_up=a[3], down=a[4], ops=ops))
         out = run(*arrays)
     assert out.sharding.spec[0] == batch
     np.testing.assert_allclose(out, by_numpy(x, ids, weights, gate_up, down), atol=2e-5)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", EXPERTS)
 def test_experts_elsewhere_add_nothing(name):
     """A device sees ids below 0 and above its own experts: they are others' work."""
     x, ids, weights, gate_up, down = routed_tokens(16, seed=1)
     away = np.where(np.arange(3) == 1, ids + 100, np.where(np.arange(3) == 2, ids - 100, ids))
-    options = {"gate_up": jnp.asarray(gate_up), "down": jnp.asarray(down), "experts": IMPLEMENTATIONS[name]}
+    ops = with_implementations(CPU, experts=name)
+    options = {"gate_up": jnp.asarray(gate_up), "down": jnp.asarray(down), "ops": ops}
     out = run_experts(jnp.asarray(x), jnp.asarray(away), jnp.asarray(weights), **options)
     np.testing.assert_allclose(out, by_numpy(x, ids[..., :1], weights[..., :1], gate_up, down), atol=2e-5)
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", EXPERTS)
 def test_a_whole_model_with_each_implementation(checkpoint, single, mesh_of_sizes, name):
     tokens = random_tokens(8, 9)
     model = glm_jax.load(checkpoint, mesh=mesh_of_sizes((1, 4, 2)), stacked=True)

@@ -23,6 +23,13 @@ from tests.operations import DENSE, EXCHANGE
 
 FAMILIES = ["glm4_moe", "deepseek_v3"]
 SIZES = {"serve_latency": (2, 2, 2), "serve_throughput": (2, 2, 2), "train": (2, 2, 2), "long_context": (2, 2, 2)}
+# Every preset with either attention; of the costly statements the half that covers both runs always.
+ALL = [(family, preset) for family in FAMILIES for preset in SIZES]
+FAST = {
+    *(("glm4_moe", preset) for preset in ("serve_latency", "train")),
+    *(("deepseek_v3", preset) for preset in ("serve_throughput", "long_context")),
+}
+COSTLY = [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow) for case in ALL]
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +77,7 @@ def check_equal(actual: Any, reference: np.ndarray, what: str = "") -> None:
     assert np.abs(np.asarray(actual) - reference).max() <= 1e-4 * reference.std(), what
 
 
-@pytest.mark.parametrize("preset", SIZES)
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize(("model_type", "preset"), ALL)
 def test_logits_and_mtp_logits(sharded, expected, model_type, preset):
     out = sharded(model_type, preset)(random_tokens(8, 16), mtp=True, ops=DENSE)
     logits, mtp_logits = expected(model_type, 8, 16)
@@ -79,8 +85,7 @@ def test_logits_and_mtp_logits(sharded, expected, model_type, preset):
     check_equal(out.mtp_logits, mtp_logits)
 
 
-@pytest.mark.parametrize("preset", SIZES)
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize(("model_type", "preset"), COSTLY)
 def test_prefill_and_decode(sharded, expected, model_type, preset):
     """Rows of unequal length, and at last a batch that no axis divides."""
     for batch, lengths in ((8, [1, 4, 16, 6, 2, 9, 8, 3]), (1, [8])):
@@ -113,8 +118,7 @@ def training_batch() -> Batch:
     return Batch(np.where(mask, random_tokens(8, 16), 0).astype(np.int32), mask, mask)
 
 
-@pytest.mark.parametrize("preset", SIZES)
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize(("model_type", "preset"), COSTLY)
 def test_gradients_of_the_training_loss(checkpoint, expected_gradient, mesh_of_sizes, model_type, preset):
     """Each gradient lies as its weight does, and is the one device's."""
     mesh = mesh_of_sizes(SIZES[preset])
@@ -164,8 +168,7 @@ def wide(value: Any) -> Any:
     return value.dequantize() if isinstance(value, QuantizedArray) else value
 
 
-@pytest.mark.parametrize("preset", SIZES)
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize(("model_type", "preset"), COSTLY)
 def test_quantised_weights(checkpoint, mesh_of_sizes, one_device, model_type, preset):
     """A prompt gathers matrices that are kept apart, a decode step moves tokens: with their scales, both are exact."""
     config = configs.from_hf(checkpoint(model_type))

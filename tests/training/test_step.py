@@ -28,7 +28,7 @@ def test_steps_lower_the_loss(on_one_device):
     assert int(state.step) == 4
 
 
-@pytest.mark.parametrize("preset", ["default", "train"])
+@pytest.mark.parametrize("preset", [pytest.param("default", marks=pytest.mark.slow), "train"])
 def test_a_split_model_trains_alike(mesh_of_sizes, on_one_device, preset):
     """The optimizer's state lies like the weights that it is of."""
     _, state, losses = on_one_device
