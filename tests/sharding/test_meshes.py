@@ -276,9 +276,9 @@ def by_numpy(x: np.ndarray, ids: np.ndarray, weights: np.ndarray, gate_up: np.nd
 @pytest.mark.parametrize("tokens", [1, 5, 64])
 @pytest.mark.parametrize("name", EXPERTS)
 def test_implementations_agree_on_one_device(name, tokens):
+    ops = with_implementations(CPU, experts=name)
     for seed in range(2):
         x, ids, weights, gate_up, down = routed_tokens(tokens, seed=seed)
-        ops = with_implementations(CPU, experts=name)
         run = jax.jit(lambda *a: run_experts(*a[:3], gate_up=a[3], down=a[4], ops=ops))
         out = run(x, ids, weights, gate_up, down)
         np.testing.assert_allclose(out, by_numpy(x, ids, weights, gate_up, down), atol=2e-5)
