@@ -169,7 +169,7 @@ class Chat:
         return Generation(self.model, prompt, sampling)
 
     def _events(self, generation: Generation, parser: StreamParser) -> Iterator[ChatEvent]:
-        decoder = StreamDecoder(self.text.tokenizer, skip_special=True, shown=self.text.answer_format.marks)
+        decoder = StreamDecoder(self.text.tokenizer, skip_special=True, shown=self.text.answer_format.delimiters)
         calls = 0
         for text in self._texts(generation, decoder):
             for event in parser.push(text):

@@ -21,7 +21,7 @@ class TextProcessor:
         tokenizer: text to token ids and back.
         template: messages and tools to the prompt's text.
         defaults: the stop tokens and the recommended sampling settings.
-        answer_format: the marks that the model puts around its thoughts and tool calls.
+        answer_format: the delimiters that the model puts around its thoughts and tool calls.
     """
 
     tokenizer: Tokenizer

@@ -1,4 +1,4 @@
-"""How the models write an answer: the marks around thoughts and tool calls, and what stands in a call.
+"""How the models write an answer: the delimiters around thoughts and tool calls, and what stands in a call.
 
 One `AnswerFormat` for each way of writing; `stream_parser` reads them all and knows none of them.
 
@@ -30,7 +30,7 @@ from glm_jax.text.argument_values import read_value
 from glm_jax.text.events import ToolCall
 
 Schemas = Mapping[str, Mapping[str, Any]]  # tool name -> parameter name -> schema
-END = ""  # the state after the mark that closes a call
+END = ""  # the state after the delimiter that closes a call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +38,12 @@ class CallFormat:
     """How calls are written.
 
     Attributes:
-        begin: the mark before a call.
-        states: inside a call, by state, the marks that count there and the state after each; the first state is the one
-            after `begin`, END the one after the call. Where a value is being read, only its end is a mark, so that a
-            value may speak of the others.
-        read: the text between `begin` and the closing mark, and the schemas, to the call; None if it is none.
-        section: the marks around all calls of a turn, if there are such. A call without them counts too.
+        begin: the delimiter before a call.
+        states: for each state inside a call, its delimiters and the state that follows each of them. The first state
+            follows `begin`; END follows the call. In the state of a value only the end of the value is a delimiter, so
+            that a value may contain the others as text.
+        read: the text between `begin` and the closing delimiter, and the schemas, to the call; None if it is none.
+        section: the delimiters around all calls of a turn, if there are such. A call without them counts too.
     """
 
     begin: str
@@ -57,7 +57,7 @@ class AnswerFormat:
     """How an answer is written.
 
     Attributes:
-        think: the marks around thoughts; None if there are no thoughts.
+        think: the delimiters around thoughts; None if there are no thoughts.
         calls: how calls are written.
     """
 
@@ -65,13 +65,13 @@ class AnswerFormat:
     calls: CallFormat
 
     @property
-    def marks(self) -> tuple[str, ...]:
+    def delimiters(self) -> tuple[str, ...]:
         """Everything that has to reach the parser, even where the tokenizer has it as a special token."""
-        inside = [mark for state in self.calls.states.values() for mark in state]
+        inside = [delimiter for state in self.calls.states.values() for delimiter in state]
         return (*(self.think or ()), *(self.calls.section or ()), self.calls.begin, *inside)
 
     def without_thoughts(self) -> AnswerFormat:
-        """The same for a model that has no marks for thoughts."""
+        """The same for a model that has no delimiters for thoughts."""
         return dataclasses.replace(self, think=None)
 
 
@@ -109,7 +109,7 @@ GLM = AnswerFormat(
 
 
 def _json_states(separator: str, end: str) -> dict[str, dict[str, str]]:
-    """A head, then JSON after the separator; inside a JSON string nothing but its end is a mark."""
+    """A head, then JSON after the separator; inside a JSON string nothing but its end is a delimiter."""
     return {
         "head": {separator: "arguments", end: END},
         "arguments": {'"': "string", end: END},

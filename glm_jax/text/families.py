@@ -1,11 +1,11 @@
 """How the checkpoints of a model type speak, where their own files do not say it.
 
-A checkpoint's chat template always wins. What no file states is how the model writes thoughts and tool calls, and which
-tokens end its turn; and Kimi K2's template is Python code that is not run here. All this is chosen by `model_type` in
-config.json and then by what can be seen in the tokenizer: whether it has the marks of thoughts, and which other marks.
-DeepSeek-V3.1 is told from V3 and R1, whose calls are written differently, by its search token; Kimi K2 under
-DeepSeek-V3's model type (its deployment guide allows that label) by its turn mark. Any other model type, and a model of
-DeepSeek's architecture with neither's marks, is read as GLM-4.5.
+A checkpoint's chat template always wins. No file of a checkpoint states how the model writes thoughts and tool calls,
+nor which tokens end its turn, and Kimi K2's template is Python code that is not run here. All this is chosen by
+`model_type` in config.json and then by the tokens of the tokenizer: whether it has thought delimiters, and which other
+delimiters. DeepSeek-V3.1 is told from V3 and R1, which write calls differently, by its search token; Kimi K2 under
+DeepSeek-V3's model type (its deployment guide allows that label) by its turn delimiter. Any other model type, and a
+model of DeepSeek's architecture with neither family's delimiters, is read as GLM-4.5.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ def parts(side: TextProcessor) -> dict:
     return {field.name: getattr(side, field.name) for field in dataclasses.fields(side)}
 
 
-@pytest.mark.parametrize("special", [False, True], ids=["marks plain", "marks flagged special"])
+@pytest.mark.parametrize("special", [False, True], ids=["delimiters plain", "delimiters flagged special"])
 def test_a_kimi_call_and_its_result(tmp_path, special):
     directory = write_kimi(tmp_path / "kimi")
     path = directory / "tokenizer_config.json"
@@ -56,7 +56,7 @@ def test_a_kimi_call_and_its_result(tmp_path, special):
     assert chat.prompt == f"{declared}{KIMI_SYSTEM}{asked}Let me see. <think>{KIMI_CALL}<|im_end|>{returned}{again}"
 
 
-def test_kimi_thinks_where_it_has_the_marks(tmp_path):
+def test_kimi_thinks_where_it_has_the_delimiters(tmp_path):
     side = TextProcessor.load(write_kimi(tmp_path / "kimi", thinks=True))
     reply = ScriptedChat("<think>Hm.</think>Yes.", "<|im_end|>", **parts(side))("?")
     assert (reply.reasoning, reply.content, reply.finish_reason) == ("Hm.", "Yes.", "stop")

@@ -21,7 +21,7 @@ SEARCH = ("<｜search▁begin｜>", "<｜search▁end｜>")
 def write_kimi(
     directory: Path, *, model_type: str = "kimi_k2", thinks: bool = False, tokens: list[bytes] | None = None
 ) -> Path:
-    """A rank list with Kimi's names; with thinks=True also K2-Thinking's marks of thoughts."""
+    """A rank list with Kimi's names; with thinks=True also K2-Thinking's thought delimiters."""
     directory.mkdir(exist_ok=True)
     tokens = [bytes([byte]) for byte in range(256)] if tokens is None else tokens
     names = {place: name for place, name in ranks.KIMI_NAMES.items() if thinks or "think" not in name[0]}
@@ -32,7 +32,7 @@ def write_kimi(
 
 
 def write_deepseek(directory: Path, *more: str) -> Path:
-    """A byte-level tokenizer.json with DeepSeek's marks and `more`; only the two ends are special."""
+    """A byte-level tokenizer.json with DeepSeek's delimiters and `more`; only the two ends are special."""
     directory.mkdir(exist_ok=True)
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     model = tokenizers.models.BPE({character: i for i, character in enumerate(alphabet)}, [])

@@ -70,6 +70,6 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
         {"role": "assistant", "content": [{"type": "text", "text": " E "}]},
     ],
     "assistant only": [{"role": "assistant", "reasoning_content": "r", "content": "a"}],
-    "marks and scripts": [{"role": "user", "content": "<a href='x'>&amp;</a> {{ 1 }} 你好 🙂 é\n\n  end  "}],
+    "markup and scripts": [{"role": "user", "content": "<a href='x'>&amp;</a> {{ 1 }} 你好 🙂 é\n\n  end  "}],
     "none": [USER, {"role": "assistant", "content": None, "tool_calls": [call("noargs", {})], "name": None}],
 }

@@ -74,7 +74,7 @@ def cases(name: str) -> list[tuple[str, dict[str, Any], list[Any]]]:
         ("<think>r" + section(name, f) + "</think>then", {}, [R("r"), is_f, C("then")]),
         (section(name, f) + section(name, g), {}, [is_f, is_g]),
         (begin + "\n" + f + "\n \n" + g + "\n" + end, {}, [is_f, is_g]),
-        (f, {}, [is_f]),  # without the marks around all calls
+        (f, {}, [is_f]),  # without the delimiters around all calls
         (section(name, written(name, "f", "")), {}, [found(name, "f", {})]),
         (section(name, written(name, "f", ' \n{"a":\n\t"x\ny"}\n ')), {}, [found(name, "f", {"a": "x\ny"})]),
         (section(name, written(name, "f", speaks_json), g), {}, [found(name, "f", speaks), is_g]),
@@ -92,7 +92,7 @@ def cases(name: str) -> list[tuple[str, dict[str, Any], list[Any]]]:
         (section(name, broken["not JSON"], g), {}, [B(broken["not JSON"]), is_g]),
         (begin + end + "x", {}, [B(begin + end), C("x")]),
         (begin + '{"name": "f"}' + end, {}, [B(begin + '{"name": "f"}' + end)]),
-        # without tools the marks are text
+        # without tools the delimiters are text
         ("<think>r " + begin + "</think>" + f, {"parse_tools": False}, [R("r " + begin), C(f)]),
     ]  # fmt: skip
 
@@ -114,9 +114,9 @@ def test_what_is_found_at_every_split(name, text, options, expected):
 @settings(max_examples=200, deadline=None)
 def test_however_the_text_is_cut(name, data):
     form = FORMATS[name]
-    marks = [mark for mark in form.marks if len(mark) > 2]
+    delimiters = [delimiter for delimiter in form.delimiters if len(delimiter) > 2]
     more = ['"', "\\", '\\"', "\n", " ", "x", "<", "<｜", "<|", "名", "{", "}", written(name, "f", '{"a": "b"}')]
-    text = "".join(data.draw(st.lists(st.sampled_from([*marks, *more]), max_size=16)))
+    text = "".join(data.draw(st.lists(st.sampled_from([*delimiters, *more]), max_size=16)))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))
     deltas = [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
     options = {"in_thinking": data.draw(st.booleans()), "parse_tools": data.draw(st.booleans())}
@@ -124,7 +124,7 @@ def test_however_the_text_is_cut(name, data):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_model_without_marks_of_thoughts_may_write_them(name):
+def test_a_model_without_thought_delimiters_may_write_them(name):
     form = FORMATS[name].without_thoughts()
     call = written(name, "f", "{}")
     assert parse("<think>a</think>b" + call, answer_format=form) == [C("<think>a</think>b"), found(name, "f", {})]
@@ -162,7 +162,7 @@ def test_nesting_without_end_is_no_call():
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_text_streams_at_once_and_only_what_may_be_a_mark_waits(name):
+def test_text_streams_at_once_and_only_what_may_be_a_delimiter_waits(name):
     parser = StreamParser(answer_format=FORMATS[name])
     begin = FORMATS[name].calls.begin
     assert parser.push("Hel") == [C("Hel")]

@@ -130,9 +130,9 @@ CONSTRUCTS = """{%- for m in messages %}
 def test_the_environment_equals_that_of_transformers(demo, reference, tmp_path):
     config = json.loads((demo / "tokenizer_config.json").read_text()) | {"bos_token": {"content": "<sop>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CONSTRUCTS}))
-    ours = ChatTemplate.load(tmp_path).render(CONVERSATIONS["marks and scripts"], tools=[WEATHER], flavour="x<y")
+    ours = ChatTemplate.load(tmp_path).render(CONVERSATIONS["markup and scripts"], tools=[WEATHER], flavour="x<y")
     theirs = reference.apply_chat_template(
-        CONVERSATIONS["marks and scripts"],
+        CONVERSATIONS["markup and scripts"],
         tools=[WEATHER],
         chat_template=CONSTRUCTS,
         tokenize=False,

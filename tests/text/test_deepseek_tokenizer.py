@@ -1,4 +1,4 @@
-"""DeepSeek-R1's own tokenizer.json: ids as the reference has them, text that comes back, marks that stay visible.
+"""DeepSeek-R1's own tokenizer.json: ids as the reference has them, text that comes back, delimiters that stay visible.
 
 The file is read from ../shared/data; without it these tests are skipped.
 """
@@ -88,8 +88,8 @@ def test_the_added_tokens(tokenizer):
     assert tokenizer.decode([128815, 129279]) == ""  # the embedding is padded to 129280
 
 
-def test_marks_are_kept_and_ends_are_hidden(tokenizer):
-    """A chat hides the special tokens; the marks of thoughts and calls must reach the parser."""
+def test_delimiters_are_kept_and_ends_are_hidden(tokenizer):
+    """A chat hides the special tokens; the delimiters of thoughts and calls must reach the parser."""
     hidden = {tokenizer.token_id(token) for token in HIDDEN}
     places = {tokenizer.token_id(f"<｜place▁holder▁no▁{n}｜>") for n in range(798)}
     assert tokenizer.special_ids == hidden | places and len(places) == 798
