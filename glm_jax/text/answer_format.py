@@ -21,16 +21,21 @@ DeepSeek-V3 and R1, DeepSeek-V3.1, and Kimi K2 (arguments as a JSON object; `/` 
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
 from collections.abc import Callable, Mapping
-from typing import Any
 
-from glm_jax.text.argument_values import read_value
 from glm_jax.text.events import ToolCall
+from glm_jax.text.json_calls import ARGUMENTS, SEPARATOR, read_fenced, read_separated, read_with_id
+from glm_jax.text.lookahead import Lookahead
+from glm_jax.text.tagged_calls import read_tagged
+from glm_jax.text.tool_schemas import Tools
 
-Schemas = Mapping[str, Mapping[str, Any]]  # tool name -> parameter name -> schema
 END = ""  # the state after the delimiter that closes a call
+RESTART = "restart"  # the state after a call's opening delimiter inside a call that was never closed
+
+SPACE = r"\s{0,8}"
+LINE_BREAK = r"(?:[\r\n]\s{0,8})?"
+NAME = r"(?:[\w/@][\w.:/@#+-]{0,63})?"
+REST_OF_NAME = r"[\w.:/@#+-]{0,64}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,17 +44,50 @@ class CallFormat:
 
     Attributes:
         begin: the delimiter before a call.
+        head_ends: the delimiters of which one follows the head of a call, its name. Where none does, `begin` is text:
+            a model may speak of its own delimiters.
         states: for each state inside a call, its delimiters and the state that follows each of them. The first state
             follows `begin`; END follows the call. In the state of a value only the end of the value is a delimiter, so
             that a value may contain the others as text.
-        read: the text between `begin` and the closing delimiter, and the schemas, to the call; None if it is none.
+        read: the text between `begin` and the closing delimiter, the declared tools and the number of the call in its
+            conversation, to the call; None if it is none.
         section: the delimiters around all calls of a turn, if there are such. A call without them counts too.
+        head_prefix: what a head may begin with, beside a declared name, where a space stands before it.
+        key_ends: the delimiters of which one follows a key that stands in the head, its opening delimiter missing.
+        followed: delimiters inside a call that count only where one of these, or a new call, follows.
     """
 
     begin: str
+    head_ends: tuple[str, ...]
     states: Mapping[str, Mapping[str, str]]
-    read: Callable[[str, Schemas], ToolCall | None]
+    read: Callable[[str, Tools, int], ToolCall | None]
     section: tuple[str, str] | None = None
+    head_prefix: str | None = None
+    key_ends: tuple[str, ...] = ()
+    followed: Mapping[str, tuple[tuple[str, ...], ...]] = dataclasses.field(default_factory=dict)
+
+    def lookaheads(self, tools: Tools) -> dict[str, Lookahead]:
+        """What must follow a delimiter for it to be one, by delimiter.
+
+        Args:
+            tools: the declared ones. A space between `begin` and an undeclared name makes `begin` text, so that
+                prose that mentions it is not held back.
+        """
+        heads: list[tuple[str | list[str], ...]] = [(LINE_BREAK, NAME, SPACE, [*self.head_ends])]
+        if tools:
+            heads.append((SPACE, [*tools], SPACE, [*self.head_ends]))
+        for name, tool in tools.items() if self.key_ends else ():
+            heads += [(SPACE, [name], SPACE, [*tool.types], SPACE, [*self.key_ends])] if tool.types else []
+        if self.head_prefix is not None:
+            heads.append((SPACE, [self.head_prefix], REST_OF_NAME, SPACE, [*self.head_ends]))
+        calls: list[tuple[str | list[str], ...]] = [([self.begin], *head) for head in heads]
+        found = {self.begin: Lookahead.of(*heads)}
+        if self.section is not None:
+            found[self.section[0]] = Lookahead.of((SPACE, [self.section[1]]), *((SPACE, *call) for call in calls))
+        for delimiter, sequences in self.followed.items():
+            written = [tuple(part for text in texts for part in (SPACE, [text])) for texts in sequences]
+            found[delimiter] = Lookahead.of(*written, *((SPACE, *call) for call in calls))
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,112 +113,68 @@ class AnswerFormat:
         return dataclasses.replace(self, think=None)
 
 
-# -- GLM-4.5 ----------------------------------------------------------------------------------------------------------
-
-_ARGUMENT = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
-_NAME = re.compile(r"\s*([^\s<>]+)\s*(?=<arg_key>|$)")
-
-
-def _read_tagged(body: str, schemas: Schemas) -> ToolCall | None:
-    name = _NAME.match(body)
-    if name is None:
-        return None
-    known = schemas.get(name[1], {})
-    arguments: dict[str, Any] = {}
-    at = name.end()
-    while (pair := _ARGUMENT.match(body, at)) is not None:
-        key = pair[1].strip()
-        arguments[key] = read_value(pair[2], known.get(key))
-        at = pair.end()
-    return None if body[at:].strip() else ToolCall(name[1], arguments)
-
+THINK = ("<think>", "</think>")
+_BEGIN, _END = "<tool_call>", "</tool_call>"
+_IN_CALL = {"<arg_key>": "key", _END: END, _BEGIN: RESTART}
 
 GLM = AnswerFormat(
-    ("<think>", "</think>"),
+    THINK,
     CallFormat(
-        begin="<tool_call>",
-        states={"call": {"<arg_value>": "value", "</tool_call>": END}, "value": {"</arg_value>": "call"}},
-        read=_read_tagged,
+        begin=_BEGIN,
+        head_ends=("<arg_key>", "</arg_key>", "<arg_value>", _END),
+        key_ends=("</arg_key>", "<arg_value>"),
+        states={
+            "head": {"<arg_key>": "key", "</arg_key>": "after key", "<arg_value>": "value", _END: END},
+            "key": {**_IN_CALL, "</arg_key>": "after key", "<arg_value>": "value"},
+            "after key": {**_IN_CALL, "<arg_value>": "value", "</arg_value>": "after value"},
+            "value": {"</arg_value>": "after value"},
+            "after value": _IN_CALL,
+        },
+        read=lambda body, tools, number: read_tagged(body, tools),
+        followed={"</arg_value>": (("<arg_key>",), (_END,), ("</arg_key>", "<arg_key>"), ("</arg_key>", _END))},
     ),
 )
 
 
-# -- arguments as JSON ------------------------------------------------------------------------------------------------
-
-
-def _json_states(separator: str, end: str) -> dict[str, dict[str, str]]:
-    """A head, then JSON after the separator; inside a JSON string nothing but its end is a delimiter."""
+def _json_states(begin: str, separator: str, end: str) -> dict[str, dict[str, str]]:
+    """A head, then JSON after the separator; inside a JSON string only its end is a delimiter."""
     return {
         "head": {separator: "arguments", end: END},
-        "arguments": {'"': "string", end: END},
+        "arguments": {'"': "string", end: END, begin: RESTART},
         "string": {'"': "arguments", '\\"': "string", "\\\\": "string"},
     }
 
 
-def _read_object(text: str) -> dict[str, Any] | None:
-    """The JSON object that stands in a text, {} for none at all; line breaks inside strings are let pass."""
-    if not text.strip():
-        return {}
-    try:
-        value = json.loads(text, strict=False)
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # refuses NaN, infinity, half surrogate pairs
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _call(name: str, arguments: str, call_id: str | None = None) -> ToolCall | None:
-    values = _read_object(arguments)
-    return ToolCall(name, values, call_id) if values is not None and re.fullmatch(r"[^\s<>]+", name) else None
-
-
-THINK = ("<think>", "</think>")
-_SEPARATOR, _CALL_END = "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
-_FENCE = "```"
-
-
-def _read_fenced(body: str, schemas: Schemas) -> ToolCall | None:
-    kind, _, rest = body.partition(_SEPARATOR)
-    name, fence, block = rest.partition(_FENCE)
-    block = block.rstrip()
-    if kind.strip() != "function" or not fence or not block.endswith(_FENCE):
-        return None
-    return _call(name.strip(), block.removesuffix(_FENCE).lstrip().removeprefix("json"))
-
-
-def _read_separated(body: str, schemas: Schemas) -> ToolCall | None:
-    name, separator, arguments = body.partition(_SEPARATOR)
-    return _call(name.strip(), arguments) if separator else None
-
+_CALL_BEGIN, _CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
 
 DEEPSEEK_V3 = AnswerFormat(
     THINK,
     CallFormat(
-        begin="<｜tool▁call▁begin｜>",
-        states=_json_states(_SEPARATOR, _CALL_END),
-        read=_read_fenced,
+        begin=_CALL_BEGIN,
+        head_ends=(SEPARATOR, _CALL_END),
+        states=_json_states(_CALL_BEGIN, SEPARATOR, _CALL_END),
+        read=lambda body, tools, number: read_fenced(body, tools),
         section=("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"),
+        head_prefix="function",
     ),
 )
-DEEPSEEK_V31 = AnswerFormat(THINK, dataclasses.replace(DEEPSEEK_V3.calls, read=_read_separated))
+DEEPSEEK_V31 = AnswerFormat(
+    THINK,
+    dataclasses.replace(
+        DEEPSEEK_V3.calls, read=lambda body, tools, number: read_separated(body, tools), head_prefix=None
+    ),
+)
 
-_ARGUMENTS = "<|tool_call_argument_begin|>"
-_CALLED = re.compile(r"([^\s<>]+):[0-9]+")
-
-
-def _read_with_id(body: str, schemas: Schemas) -> ToolCall | None:
-    head, separator, arguments = body.partition(_ARGUMENTS)
-    call_id = head.strip()
-    called = _CALLED.fullmatch(call_id.removeprefix("functions."))
-    return _call(called[1], arguments, call_id) if separator and called else None
-
+_KIMI_BEGIN, _KIMI_END = "<|tool_call_begin|>", "<|tool_call_end|>"
 
 KIMI_K2 = AnswerFormat(
     THINK,
     CallFormat(
-        begin="<|tool_call_begin|>",
-        states=_json_states(_ARGUMENTS, "<|tool_call_end|>"),
-        read=_read_with_id,
+        begin=_KIMI_BEGIN,
+        head_ends=(ARGUMENTS, _KIMI_END),
+        states=_json_states(_KIMI_BEGIN, ARGUMENTS, _KIMI_END),
+        read=read_with_id,
         section=("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
+        head_prefix="functions",
     ),
 )

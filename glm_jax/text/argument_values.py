@@ -1,63 +1,77 @@
-"""Arguments written as plain text, made JSON values with the help of the declared tools' schemas."""
+"""Arguments of tool calls as JSON values, with the help of the declared tools' schemas."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
 from typing import Any
 
+from glm_jax.text.tool_schemas import ToolSchema, Types, types_of
 
-def parameter_schemas(tools: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Tool name -> parameter name -> schema; what has another form is passed over: requests are checked elsewhere."""
-    schemas: dict[str, Mapping[str, Any]] = {}
-    for tool in tools:
-        function = tool.get("function", tool)
-        parameters = function.get("parameters") or {}
-        properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
-        schemas[str(function.get("name"))] = properties if isinstance(properties, Mapping) else {}
-    return schemas
+MOST_ENCODINGS = 4  # of arguments that were encoded as JSON again and again
 
 
-def read_value(text: str, schema: Any) -> Any:
-    """An argument's value: where the schema allows only strings the text as it is, else JSON if it is JSON.
+def read_json(text: str) -> Any:
+    """Returns the JSON value that a text is; line breaks inside strings are let pass.
+
+    Raises:
+        ValueError: it is none, or has NaN, infinity, half of a surrogate pair or too much nesting.
+    """
+    try:
+        value = json.loads(text, strict=False)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except RecursionError as error:
+        raise ValueError("too much nesting") from error
+    return value
+
+
+def read_object(text: str) -> dict[str, Any] | None:
+    """Returns the JSON object that a text is, {} for a blank text, None for anything else.
+
+    An object that was encoded more than once, so that it is the text of a JSON string, counts as the object.
+    """
+    if not text.strip():
+        return {}
+    value: Any = text
+    for _ in range(MOST_ENCODINGS):
+        try:
+            value = read_json(value)
+        except ValueError:
+            return None
+        if not isinstance(value, str):
+            break
+    return value if isinstance(value, dict) else None
+
+
+def read_value(text: str, types: Types | None) -> Any:
+    """Returns an argument's value: the text as it is where only strings are allowed, else JSON if it is JSON.
 
     Where the schema allows strings among other types, JSON counts only if it is of one of the other types.
+
+    Args:
+        text: as the model wrote it.
+        types: that the schema allows; None if it does not say.
     """
-    types = _types(schema)
-    if types == {"string"}:
+    if types == frozenset({"string"}):
         return text
     try:
         value = json.loads(text.strip())
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # refuses NaN, infinity, half surrogate pairs
     except (ValueError, RecursionError):
         return text
-    if "string" in types and (isinstance(value, str) or not _json_types(value) & types):
+    if types is not None and "string" in types and (isinstance(value, str) or not types_of(value) & types):
         return text
     return value
 
 
-def _types(schema: Any) -> set[str]:
-    """The JSON types that a schema allows by `type`, `anyOf`, `oneOf`, `enum` or `const`; empty if it does not say."""
-    if not isinstance(schema, Mapping):
-        return set()
-    declared = schema.get("type")
-    if isinstance(declared, str):
-        return {declared}
-    if isinstance(declared, list):
-        return {name for name in declared if isinstance(name, str)}
-    for key in ("anyOf", "oneOf"):
-        if isinstance(schema.get(key), list):
-            options = [_types(option) for option in schema[key]]
-            return set().union(*options) if all(options) else set()
-    values = schema.get("enum", [schema["const"]] if "const" in schema else [])
-    return set().union(*map(_json_types, values)) if isinstance(values, list) else set()
+def decode_values(arguments: dict[str, Any], tool: ToolSchema | None) -> dict[str, Any]:
+    """Returns arguments in which a string that the schema does not allow is the allowed JSON value that it encodes."""
+    if tool is None:
+        return arguments
+    return {name: _decoded(value, tool.types.get(name)) for name, value in arguments.items()}
 
 
-def _json_types(value: Any) -> set[str]:
-    """The names that JSON Schema has for a value's type."""
-    if isinstance(value, bool):
-        return {"boolean"}
-    if isinstance(value, int):
-        return {"integer", "number"}
-    names = {str: "string", float: "number", list: "array", dict: "object", type(None): "null"}
-    return {names[type(value)]} if type(value) in names else set()
+def _decoded(value: Any, types: Types | None) -> Any:
+    if types is None or "string" in types or not isinstance(value, str):
+        return value
+    decoded = read_value(value, types)
+    return decoded if types_of(decoded) & types else value

@@ -82,9 +82,10 @@ CASES: list[tuple[str, dict[str, Any], list[Event]]] = [
     ("<tool_call>f\n<arg_key>a</arg_key>\n<arg_va", {}, [B("<tool_call>f\n<arg_key>a</arg_key>\n<arg_va")]),
     ("<tool_call>f\n</tool_cal", {}, [B("<tool_call>f\n</tool_cal")]),
     ("<tool_call>\n</tool_call>x", {}, [B("<tool_call>\n</tool_call>"), C("x")]),
-    ("<tool_call>f g\n</tool_call>", {}, [B("<tool_call>f g\n</tool_call>")]),
     ("<tool_call>f\n<arg_key>a</arg_key>\n</tool_call>", {}, [B("<tool_call>f\n<arg_key>a</arg_key>\n</tool_call>")]),
-    ('<tool_call>{"name": "f"}\n{}</tool_call>', {}, [B('<tool_call>{"name": "f"}\n{}</tool_call>')]),
+    # what cannot be a call's head is text
+    ("<tool_call>f g\n</tool_call>", {}, [C("<tool_call>f g\n</tool_call>")]),
+    ('<tool_call>{"name": "f"}\n{}</tool_call>', {}, [C('<tool_call>{"name": "f"}\n{}</tool_call>')]),
     # no tools
     ("<think>a <tool_call> b</think>" + call("f"), {"parse_tools": False}, [R("a <tool_call> b"), C(call("f"))]),
 ]  # fmt: skip
