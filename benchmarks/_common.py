@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from glm_jax.configs import ModelConfig
 from glm_jax.model import Transformer
-from glm_jax.model.transformer import in_form, runtime_model
+from glm_jax.model.transformer import runtime_model, with_layer_layout
 from glm_jax.sharding import Constant, map_weights, with_shardings
 
 
@@ -103,7 +103,7 @@ def random_model(config: ModelConfig, mesh: Any, dtype: Any, *, seed: int = 0) -
 
     Norms are about 1, and biases are not 0.
     """
-    abstract = with_shardings(in_form(runtime_model(config, mesh, dtype=dtype), stacked=False), mesh)
+    abstract = with_shardings(with_layer_layout(runtime_model(config, mesh, dtype=dtype), stacked=False), mesh)
 
     @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
     def draw(key: jax.Array, shape: tuple[int, ...], dtype: Any, mean: float, std: float) -> jax.Array:

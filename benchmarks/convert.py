@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 from glm_jax import configs  # noqa: E402
-from glm_jax.checkpoint.names import canonical_slots  # noqa: E402
+from glm_jax.checkpoint.names import canonical_mappings  # noqa: E402
 from glm_jax.checkpoint.safetensors import TensorSpec  # noqa: E402
 from glm_jax.checkpoint.safetensors_writer import SafetensorsWriter  # noqa: E402
 from glm_jax.configs.hf import write_config_json  # noqa: E402
@@ -100,8 +100,8 @@ def make_source(directory: Path, layers: int) -> int:
     air = configs.get("glm-4.5-air")
     config = dataclasses.replace(air, num_layers=layers, num_mtp_layers=0, mtp_copies=())
     plan = [
-        TensorSpec(name, "F32" if name.endswith("correction_bias") else "BF16", slot.shape)
-        for name, slot in canonical_slots(config).items()
+        TensorSpec(name, "F32" if name.endswith("correction_bias") else "BF16", mapping.shape)
+        for name, mapping in canonical_mappings(config).items()
     ]
     if not (directory / "model.safetensors.index.json").exists():
         shutil.rmtree(directory, ignore_errors=True)

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 from glm_jax.checkpoint.load import load
-from glm_jax.checkpoint.names import canonical_slots
+from glm_jax.checkpoint.names import canonical_mappings
 from glm_jax.checkpoint.safetensors import TensorSpec
 from glm_jax.checkpoint.safetensors_writer import SafetensorsWriter
 from glm_jax.configs import GqaConfig, ModelConfig, MoeConfig, RopeConfig, to_hf
@@ -204,12 +204,12 @@ def write_weights(model: Transformer, directory: Path) -> None:
     (directory / "config.json").write_text(content + "\n", encoding="utf-8")
     weights = weights_by_name(model)
     values = {name: np.asarray(weight.get_raw_value()) for name, weight in weights.items()}
-    slots = canonical_slots(model.config)
-    dtypes = {name: "F32" if weights[slot.weight].pinned else "BF16" for name, slot in slots.items()}
-    plan = [TensorSpec(name, dtypes[name], slot.shape) for name, slot in slots.items()]
+    mappings = canonical_mappings(model.config)
+    dtypes = {name: "F32" if weights[mapping.weight].pinned else "BF16" for name, mapping in mappings.items()}
+    plan = [TensorSpec(name, dtypes[name], mapping.shape) for name, mapping in mappings.items()]
     with SafetensorsWriter(directory, plan) as writer:
-        for name, slot in slots.items():
-            tensor = values[slot.weight][slot.index].reshape(slot.shape)
+        for name, mapping in mappings.items():
+            tensor = values[mapping.weight][mapping.index].reshape(mapping.shape)
             writer.write(name, tensor if dtypes[name] == "F32" else tensor.astype(ml_dtypes.bfloat16))
 
 
@@ -239,7 +239,7 @@ def _write_and_load(model: Transformer, directory: Path) -> Transformer:
 
 
 def _readme(recipe: Recipe, cost: dict[str, float], table: str) -> str:
-    total = sum(int(np.prod(slot.shape)) for slot in canonical_slots(CONFIG).values())
+    total = sum(int(np.prod(mapping.shape)) for mapping in canonical_mappings(CONFIG).values())
     moe = CONFIG.moe
     made = (
         f"{recipe.steps} and {recipe.draft_steps} steps, {cost['tokens']:,.0f} tokens, seed {recipe.seed}, "

@@ -36,6 +36,15 @@ def matmul(x_RN: jax.Array, w_MN: WeightArray, *, dtype: Any = None) -> jax.Arra
     return multiply_rows(x_RN, w_MN).astype(dtype)
 
 
+def top_k(scores: jax.Array, *, k: int) -> jax.Array:
+    """As `reference.top_k`, of one device's part.
+
+    XLA's CPU backend selects the best of a matrix; of an array of more dimensions it sorts every row, and gathers it.
+    """
+    rows = scores.reshape(-1, scores.shape[-1])
+    return lax.top_k(rows, k)[1].reshape(*scores.shape[:-1], k)
+
+
 def multiply_rows(x_RN: jax.Array, w_MN: WeightArray) -> jax.Array:
     """Several rows by a matrix, float32 [R, M]."""
     if isinstance(w_MN, PackedBfloat16):

@@ -184,18 +184,28 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, Implementation]] = {
         "gpu": ByLoad("gemv, dense or block_gmm by load", gpu_experts),
         "tpu": ByLoad("dense or ragged by load", tpu_experts),
     },
-    "top_k": {"reference": Operation("reference", reference.top_k)},
+    "top_k": {
+        "reference": Operation("reference", reference.top_k),
+        "cpu": Operation("cpu", cpu.top_k, local=True),
+    },
     "argmax": {"reference": Operation("reference", reference.argmax)},
     "storage": {each.name: each for each in (storage.ARRAY, storage.PACKED, storage.LANES)},
 }
-_SHARED: dict[str, Any] = {"attend": "blockwise", "top_k": "reference", "argmax": "reference"}
+_SHARED: dict[str, Any] = {"attend": "blockwise", "argmax": "reference"}
 _REFERENCE = {name: "reference" for name in ("matmul", "attend", "top_k", "argmax")}
-_ACCELERATOR = {**_SHARED, "exchange": "ragged_all_to_all", "steps_per_call": 16, "max_in_flight": 1}
+_ACCELERATOR = {
+    **_SHARED,
+    "top_k": "reference",
+    "exchange": "ragged_all_to_all",
+    "steps_per_call": 16,
+    "max_in_flight": 1,
+}
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     # In a loop XLA's CPU backend runs a step in parts: single steps are faster, with some on their way at once.
     "cpu": {
         **_SHARED,
         "matmul": "cpu",
+        "top_k": "cpu",
         "experts": "expert_loop",
         "storage": "packed_bfloat16",
         "stacked_layers": False,

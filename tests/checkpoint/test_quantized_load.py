@@ -13,9 +13,11 @@ import optax
 import pytest
 
 import glm_jax
-from glm_jax.checkpoint import open_source, placing, quantized_load
+from glm_jax.checkpoint import open_source, placing
 from glm_jax.checkpoint.load import load_source
 from glm_jax.errors import InputError
+from glm_jax.kernels import ops_for_platform
+from glm_jax.model import transformer
 from glm_jax.model.transformer import with_layer_layout
 from glm_jax.sharding import QuantizedArray, map_weights, weights_by_name
 from glm_jax.training import create_state
@@ -97,7 +99,7 @@ def test_dtypes_and_shapes(tmp_path, one_device):
 
 def test_values_off_a_cpu_are_those_of_the_checkpoint(tmp_path, one_device, monkeypatch):
     """As of a mesh of another platform, on the devices that are here."""
-    monkeypatch.setattr(quantized_load, "platform", lambda mesh: "tpu")
+    monkeypatch.setattr(transformer, "ops_for", lambda mesh: ops_for_platform("tpu"))
     for kind, dtype in {"glm-bf16": jnp.float8_e4m3fn, "blocks": jnp.float8_e4m3fn, "int4": jnp.int4}.items():
         made = sources.checkpoint(ALL[kind])
         model = glm_jax.load(made.write(tmp_path / kind), mesh=one_device, stacked=True)

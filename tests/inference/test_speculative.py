@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,16 @@ import pytest
 
 import glm_jax
 from glm_jax import InputError, Transformer
-from glm_jax.inference import Acceptance, Sampling, stream, turned
-from glm_jax.inference.runner import CPU_IN_FLIGHT, Runner
-from glm_jax.inference.speculative import MAX_IN_FLIGHT, SMALL_ROUNDS, Speculator
+from glm_jax.inference import Acceptance, Sampling, stream
+from glm_jax.inference.runner import Runner
+from glm_jax.inference.speculative import MAX_IN_FLIGHT, Speculator
 from glm_jax.model import create_cache
 from glm_jax.serving import TextProcessor
 from glm_jax.sharding import batch_sharding
 from tests import published
 from tests.inference import checkpoints
 from tests.inference.checkpoints import FAMILIES
-from tests.operations import DENSE
+from tests.operations import CPU, DENSE
 
 UNEQUAL = checkpoints.prompts((1, 3, 9, 17, 30))
 PAIR = [[5, 6, 7], [8]]
@@ -259,26 +258,20 @@ def test_few_steps_are_taken_beyond_the_last_token(directory, one_device, monkey
     last = next(i for i in range(3, NEW) if tokens[i] not in tokens[:i])  # a token that comes late the first time
     started.clear()
     assert run(model, UNEQUAL[:1], max_new_tokens=NEW, stop=(tokens[last],))[0] == [tokens[: last + 1]]
-    assert last <= sum(started) < last + CPU_IN_FLIGHT
+    assert last <= sum(started) < last + CPU.max_in_flight
 
 
 @pytest.mark.parametrize("drafts", [1, 3])
-@pytest.mark.parametrize("small", [True, False])
-def test_few_rounds_are_taken_beyond_the_last_token(demo, monkeypatch, small, drafts):
-    """Two a call by a small model on a CPU, or one; behind a stop token those that were on their way."""
-    if not small:
-        monkeypatch.setattr(turned, "MAX_PARAMETERS", 1000)
-        monkeypatch.setattr(turned, "_MADE", weakref.WeakKeyDictionary())
+def test_few_rounds_are_taken_beyond_the_last_token(demo, monkeypatch, drafts):
+    """One a call on a CPU; behind a stop token those that were on their way."""
     started = counted(monkeypatch, Speculator, "rounds")
-    rounds = SMALL_ROUNDS if small else 1
     (tokens,), _ = run(demo, PAIR[:1], max_new_tokens=NEW)
     last = next(i for i in range(6, NEW) if tokens[i] not in tokens[:i])  # a token that comes late the first time
     for stop, new in (((), tokens), ((tokens[last],), tokens[: last + 1])):
         started.clear()
         found, taken = run(demo, PAIR[:1], max_new_tokens=NEW, stop=stop, speculative=drafts)
-        needed = -(-taken.rounds // rounds)
         assert found == [new]
-        assert set(started) == {rounds} and needed <= len(started) < needed + MAX_IN_FLIGHT
+        assert set(started) == {1} and taken.rounds <= len(started) < taken.rounds + MAX_IN_FLIGHT
 
 
 def counted(monkeypatch, kind: type[Runner] | type[Speculator], what: str) -> list[int]:
