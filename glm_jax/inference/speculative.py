@@ -3,10 +3,10 @@
 A round verifies k drafts in one pass of the main model over k + 1 tokens a sequence, keeps those that it would have
 chosen itself and one token more, and drafts the next k. The tokens are therefore the main model's own choices.
 
-Row t of the MTP layer's cache comes from the hidden state of token t and the embedding of token t + 1. A first draft
+Entry t of the MTP layer's cache comes from the hidden state of token t and the embedding of token t + 1. A first draft
 needs main hidden states only. Further ones feed the layer its own output, which is normalised for the head (the
-un-normalised one loses nearly all of them): their rows are guesses. Every round writes the rows of the k + 1 tokens
-that it verified anew, from the main model's hidden states; guessed and rejected rows lie among them or beyond the
+un-normalised one loses nearly all of them): their entries are guesses. Every round rewrites the entries of the k + 1
+tokens that it verified, from the main model's hidden states; guessed and rejected entries lie among them or beyond the
 sequence's position, where no query looks, until the next round overwrites them.
 """
 
@@ -33,7 +33,7 @@ class SpeculativeState(NamedTuple):
     """Where a batch of sequences stands.
 
     Attributes:
-        cache: rows of all tokens before `positions`, those of the MTP layer included.
+        cache: of all tokens before `positions`, those of the MTP layer included.
         tokens: int32 [B], the newest token of each sequence, not yet in the cache.
         positions: int32 [B], its position.
         drafts: int32 [B, k], the tokens guessed to follow it.

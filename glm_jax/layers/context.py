@@ -22,7 +22,7 @@ class ForwardContext:
     """One pass over tokens [B, T].
 
     Attributes:
-        positions: int32 [B, T], the position of each token in its sequence, and so its row of the cache.
+        positions: int32 [B, T], the position of each token in its sequence and in the cache.
         rotation: the rotary angles of these positions.
         prefill: the sequences start in this pass (positions are 0..T-1), so that attention needs no cache.
         ops: the operations to use.

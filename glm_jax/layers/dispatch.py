@@ -40,7 +40,7 @@ MIN_ROWS = 1024  # rows (tokens times choices) of a device from which they are e
 SLACK = 1.25  # of a buffer over what even routing sends
 ROW_MULTIPLE = 8  # buffers are whole tiles of so many rows
 
-Rows = tuple[jax.Array, ...]  # tokens, the experts they chose, and their weights
+Routed = tuple[jax.Array, ...]  # tokens, the experts that they chose, and the weights of these
 MeshAxes = tuple[str, ...]
 Run = Callable[[jax.Array, jax.Array], jax.Array]  # of rows and the expert of each
 Experts = Callable[..., jax.Array]  # of tokens, ids and weights
@@ -103,12 +103,12 @@ def run_experts(
         # Typed here as differing where the weights do, so that its gradient is summed over these axes as the tokens it
         # belongs to, not as the rows that are sent.
         x = _varying(x, gate_up, down)
-        rows = tuple(a.reshape(-1, a.shape[-1]) for a in (x, ids, weights))
+        routed = tuple(a.reshape(-1, a.shape[-1]) for a in (x, ids, weights))
         if dispatch == GATHER:
-            out = _gathered(rows, layout, experts=local, held=gate_up.shape[0])
+            out = _gathered(routed, layout, experts=local, held=gate_up.shape[0])
         else:
             send = _ragged_round if dispatch == RAGGED else _padded_round
-            out = _exchanged(rows, layout, experts=local, weights=(gate_up, down), send=send)
+            out = _exchanged(routed, layout, experts=local, weights=(gate_up, down), send=send)
         return _once(out, [axis for axis in (*layout.fsdp[0], *layout.fsdp[1]) if axis not in tokens]).reshape(x.shape)
 
     return jax.shard_map(region, out_specs=out_layout)(x, ids, weights, gate_up, down)
@@ -118,8 +118,8 @@ def _alone(
     x: jax.Array, ids: jax.Array, weights: jax.Array, matrices: tuple[WeightArray, WeightArray], *, experts: Experts
 ) -> jax.Array:
     """All experts on x, ids and weights [B, T, ...], without a mesh or on one of a single device."""
-    rows = (a.reshape(-1, a.shape[-1]) for a in (x, ids, weights))
-    return experts(*rows, gate_up_E2FD=matrices[0], down_EDF=matrices[1]).reshape(x.shape)
+    routed = (a.reshape(-1, a.shape[-1]) for a in (x, ids, weights))
+    return experts(*routed, gate_up_E2FD=matrices[0], down_EDF=matrices[1]).reshape(x.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,9 +152,9 @@ class _Layout:
         return tuple(axis for axis in (*self.experts, *self.width) if axis not in self.shared)
 
 
-def _gathered(rows: Rows, layout: _Layout, *, experts: Experts, held: int) -> jax.Array:
+def _gathered(routed: Routed, layout: _Layout, *, experts: Experts, held: int) -> jax.Array:
     """This device's tokens [T, D] with all experts applied: gather, run, sum back."""
-    x, ids, weights = rows
+    x, ids, weights = routed
     if layout.shared:
         x, ids, weights = (lax.all_gather(a, layout.shared, axis=0, tiled=True) for a in (x, ids, weights))
     if layout.experts:
@@ -166,10 +166,10 @@ def _gathered(rows: Rows, layout: _Layout, *, experts: Experts, held: int) -> ja
 
 
 def _exchanged(
-    rows: Rows, layout: _Layout, *, experts: Experts, weights: tuple[WeightArray, WeightArray], send: Round
+    routed: Routed, layout: _Layout, *, experts: Experts, weights: tuple[WeightArray, WeightArray], send: Round
 ) -> jax.Array:
     """The same by exchanging rows with the peers that hold their experts, in as many rounds as the routing needs."""
-    x, ids, weight_of_choice = rows
+    x, ids, weight_of_choice = routed
     (tokens, choices), peers, held = ids.shape, layout.peers, weights[0].shape[0]
     peer, local_id = _owners(ids, layout, held)
     plan = _Plan.of(peer.reshape(-1), peers)
@@ -265,7 +265,7 @@ class _Window:
         return jnp.clip(plan.counts - self.first, 0, self.capacity)
 
 
-def _padded_round(tokens: Rows, plan: _Plan, window: _Window, run: Run) -> jax.Array:
+def _padded_round(tokens: Routed, plan: _Plan, window: _Window, run: Run) -> jax.Array:
     """Send one window of rows in buffers of equal size, run them, and get the results [P * capacity, D] back.
 
     `tokens` are x [T, D] and the expert of each row [R].
@@ -279,7 +279,7 @@ def _padded_round(tokens: Rows, plan: _Plan, window: _Window, run: Run) -> jax.A
     return swap(run(swap(out), swap(jnp.where(used, ids.at[row].get(mode="clip"), -1))))
 
 
-def _ragged_round(tokens: Rows, plan: _Plan, window: _Window, run: Run) -> jax.Array:
+def _ragged_round(tokens: Routed, plan: _Plan, window: _Window, run: Run) -> jax.Array:
     """As `_padded_round`, sending only the rows that there are. Every peer has a place of `capacity` rows."""
     x, ids = tokens
     capacity, peers = window.capacity, plan.counts.shape[0]

@@ -46,7 +46,7 @@ class KvCache:
         return take(self.k), take(self.v)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["rows"], meta_fields=[])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["latent"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class LatentCache:
     """Latent vectors and rotated shared keys, side by side: [B, 1, S, C], or [L, B, 1, S, C] of a stacked group.
@@ -55,50 +55,50 @@ class LatentCache:
     A platform may want it padded with zeros (`kernels.storage`).
     """
 
-    rows: jax.Array
+    latent: jax.Array
 
     @property
     def length(self) -> int:
         """Tokens that the cache holds of each sequence."""
-        return self.rows.shape[-2]
+        return self.latent.shape[-2]
 
     def write(self, latent: jax.Array, positions: jax.Array, layer: jax.Array | None) -> LatentCache:
         """Put latent [B, T, C] at `positions` [B, T] (those beyond the cache are dropped)."""
-        unused = self.rows.shape[-1] - latent.shape[-1]
+        unused = self.latent.shape[-1] - latent.shape[-1]
         latent = jnp.pad(latent, [(0, 0), (0, 0), (0, unused)]) if unused else latent
-        return LatentCache(_scatter(self.rows, latent[:, :, None], positions, layer))
+        return LatentCache(_scatter(self.latent, latent[:, :, None], positions, layer))
 
     def read(self, layer: jax.Array | None) -> jax.Array:
         """The latent vectors [B, S, C] of one layer (`layer` None where the cache is one layer's own)."""
-        rows = self.rows
+        latents = self.latent
         if layer is not None:
-            rows = jax.lax.dynamic_index_in_dim(rows, layer, axis=0, keepdims=False)
-        return rows[:, 0]
+            latents = jax.lax.dynamic_index_in_dim(latents, layer, axis=0, keepdims=False)
+        return latents[:, 0]
 
 
 LayerCache = KvCache | LatentCache
 
 
-def _scatter(rows: jax.Array, new: jax.Array, positions: jax.Array, layer: jax.Array | None) -> jax.Array:
-    split = axes_of(rows, rows.ndim - 2)
+def _scatter(cache: jax.Array, new: jax.Array, positions: jax.Array, layer: jax.Array | None) -> jax.Array:
+    split = axes_of(cache, cache.ndim - 2)
     new, positions = all_gather_dim(new, 1), all_gather_dim(positions, 1)
 
-    def local(rows: jax.Array, new: jax.Array, positions: jax.Array, layer: jax.Array) -> jax.Array:
+    def local(cache: jax.Array, new: jax.Array, positions: jax.Array, layer: jax.Array) -> jax.Array:
         if new[..., 0].size == 1:
-            # Twice the same row: XLA turns a scatter of a single one into a choice between two whole caches.
+            # The same token twice: XLA turns a scatter of a single one into a choice between two whole caches.
             new, positions = jnp.repeat(new, 2, axis=1), jnp.repeat(positions, 2, axis=1)
-        if split:  # each device writes the rows that it has; the others fall off the end
-            positions = positions - jax.lax.axis_index(split) * rows.shape[-2]
-            positions = jnp.where(positions < 0, rows.shape[-2], positions)
-        # One vector at a time: written as a window over the heads, a TPU would keep the heads of a row together, and
-        # lay out the whole cache anew before each step and after it.
+        if split:  # each device writes the positions that it has; the others fall off the end
+            positions = positions - jax.lax.axis_index(split) * cache.shape[-2]
+            positions = jnp.where(positions < 0, cache.shape[-2], positions)
+        # One vector at a time: for a window over the heads a TPU would keep the heads of a position together, and relay
+        # the whole cache before each step and after it.
         sequences, heads = jnp.arange(new.shape[0])[:, None, None], jnp.arange(new.shape[2])
-        new, positions = new.astype(rows.dtype), positions[:, :, None]
-        if rows.ndim == 4:
-            return rows.at[sequences, heads, positions].set(new)
-        return rows.at[layer, sequences, heads, positions].set(new)
+        new, positions = new.astype(cache.dtype), positions[:, :, None]
+        if cache.ndim == 4:
+            return cache.at[sequences, heads, positions].set(new)
+        return cache.at[layer, sequences, heads, positions].set(new)
 
     layer = jnp.int32(0) if layer is None else layer
     if jax.sharding.get_abstract_mesh().empty:
-        return local(rows, new, positions, layer)
-    return jax.shard_map(local, out_specs=jax.typeof(rows).sharding.spec)(rows, new, positions, layer)
+        return local(cache, new, positions, layer)
+    return jax.shard_map(local, out_specs=jax.typeof(cache).sharding.spec)(cache, new, positions, layer)

@@ -21,7 +21,7 @@ from glm_jax.sharding.rules import as_axes, batch_axes, length_axes, spec_of
 
 
 def cache_axes(axis: str | None, batch: int, length: int, *, mesh: Mesh, rules: Rules) -> tuple[str, ...]:
-    """The mesh axes over which a logical axis of a cache of `batch` sequences of `length` rows is split."""
+    """The mesh axes over which a logical axis of a cache of `batch` sequences of `length` tokens is split."""
     if axis == "batch":
         return batch_axes(batch, mesh, rules)
     return length_axes(batch, length, mesh, rules) if axis == "length" else rules.mesh_axes(axis)

@@ -54,7 +54,7 @@ class Output:
     Attributes:
         logits: float32 [B, T, V].
         hidden: [B, T, D], after the final norm.
-        mtp_logits: float32 [B, T - 1, V], row t predicting token t + 2; None unless asked for.
+        mtp_logits: float32 [B, T - 1, V], position t predicting token t + 2; None unless asked for.
         mtp_hidden: [B, T - 1, D], what these are made of: the MTP layer's output, normalised for the head.
         expert_ids: the experts that each MoE layer chose, int32 [L, B, T, K]; None unless asked for.
         mtp_expert_ids: those of the MTP layer, int32 [B, T - 1, K].
@@ -279,7 +279,7 @@ def check_tokens(tokens: Any, config: ModelConfig) -> np.ndarray:
     try:
         array = np.asarray(tokens)
     except ValueError:
-        raise InputError("tokens must be [batch, length]; the rows given have different lengths") from None
+        raise InputError("tokens must be [batch, length]; the sequences given have different lengths") from None
     if array.ndim != 2 or 0 in array.shape or not np.issubdtype(array.dtype, np.integer):
         raise InputError(
             f"tokens must be integers [batch, length], at least one of each; got {array.dtype} {array.shape}"

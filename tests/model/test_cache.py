@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from glm_jax import Transformer
 from glm_jax.model import abstract_cache, create_cache
-from glm_jax.model.cache import cache_part
+from glm_jax.model.allocate import cache_part
 from glm_jax.model.transformer import runtime_model, with_layer_layout
 from glm_jax.planning.meshes import abstract_mesh
 from glm_jax.sharding import Rules, rules_named, with_shardings

@@ -149,7 +149,7 @@ def test_one_token_leaves_the_mtp_layer_nothing_to_say(created):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ([[1, 2], [3]], "the rows given have different lengths"),
+        ([[1, 2], [3]], "the sequences given have different lengths"),
         ([1, 2], r"got int64 \(2,\)"),
         ([[[1]]], r"got int64 \(1, 1, 1\)"),
         ([[]], r"at least one of each; got float64 \(1, 0\)"),
