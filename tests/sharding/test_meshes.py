@@ -212,15 +212,15 @@ WIDE = dataclasses.replace(TINY, num_layers=2, attention=dataclasses.replace(TIN
 def test_a_decode_step_sends_tokens_and_no_weights(mesh_of_sizes, sizes):
     """Each MoE layer gathers tokens, choices and weights over the expert axis and sums results; nothing else moves.
 
-    The likeliest token of a split vocabulary takes two small sums.
+    The argmax over a split vocabulary gathers the candidates of each part: their values and their indices.
     """
     compiled, _ = compiled_step(WIDE, mesh_of_sizes(sizes), batch=8, length=64)
     sent = collectives(compiled)
     counts = collections.Counter(kind for kind, _ in sent)
     layers, moe = 2, 1
     assert set(counts) <= {"all-gather", "all-reduce", "reduce-scatter"}, counts
-    assert counts["all-gather"] <= 4 * moe and counts["reduce-scatter"] <= moe, counts
-    assert counts["all-reduce"] <= 2 * layers + moe + 2, counts
+    assert counts["all-gather"] <= 4 * moe + 2 and counts["reduce-scatter"] <= moe, counts
+    assert counts["all-reduce"] <= 2 * layers + moe, counts
     assert max(elements for _, elements in sent) <= 8 * WIDE.embed_dim, sent
     weights = weights_by_name(glm_jax.Transformer(WIDE)).items()
     matrices = (w.get_raw_value().size for n, w in weights if re.search(r"\.(q|k|v|o|gate_up|down)$", n))
