@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from glm_jax import configs
@@ -68,6 +69,7 @@ def Chat(
     dtype: Any = None,
     quantized: str = "keep",
     layers: slice | str | None = None,
+    allow_unknown: Collection[str] = (),
 ) -> serving.Chat:
     """Open a checkpoint to talk to: text in, text out, in thinking mode or without, with tools.
 
@@ -81,6 +83,7 @@ def Chat(
         dtype: of the weights; by default float32 on CPU and bfloat16 elsewhere.
         quantized: whether quantised weights stay so (`keep`) or not (`dequantize`), as `glm_jax.load`.
         layers: only these decoder layers, as `glm_jax.load`.
+        allow_unknown: keys of config.json to pass over, as `glm_jax.load`.
 
     Raises:
         TextError: tokenizer, template or stop tokens are missing or unreadable, or are not the model's.
@@ -90,7 +93,7 @@ def Chat(
     from glm_jax import serving
 
     text = serving.TextProcessor.load(checkpoint)
-    options: dict[str, Any] = {"mesh": mesh, "rules": rules, "dtype": dtype}
+    options: dict[str, Any] = {"mesh": mesh, "rules": rules, "dtype": dtype, "allow_unknown": allow_unknown}
     model = checkpoints.load(os.fspath(checkpoint), quantized=quantized, layers=layers, **options)
     return serving.Chat(model, text)
 

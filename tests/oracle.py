@@ -59,7 +59,7 @@ def save(
     config = transformers.AutoConfig.for_model(**_as_transformers_names_it(content))
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
-    _randomize(model, generator)
+    randomize(model, generator)
     mtp = _mtp_tensors(model, generator, copies) if content["num_nextn_predict_layers"] else {}
     kind = getattr(torch, dtype)
 
@@ -158,7 +158,7 @@ def _rename(path: Path, model_type: str) -> None:
     path.write_text(json.dumps({**content, "model_type": model_type}))
 
 
-def _randomize(module: Any, generator: Any) -> None:
+def randomize(module: Any, generator: Any) -> None:
     """Weights that keep activations at order 1, norms around 1, biases, and mostly negative correction biases."""
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         values = torch.randn(tensor.shape, generator=generator)
@@ -179,7 +179,7 @@ def _mtp_tensors(model: Any, generator: Any, copies: Iterable[str]) -> dict[str,
     """A random MTP layer under the published names, one tensor an expert."""
     _name_mtp_layers(model.config)
     mtp = MtpModel(model, 1)
-    _randomize(mtp.layers, generator)
+    randomize(mtp.layers, generator)
     prefix = f"model.layers.{model.config.num_hidden_layers}."
     found: dict[str, Any] = {}
     for name, tensor in mtp.layers[0].state_dict().items():

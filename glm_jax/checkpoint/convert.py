@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ def convert(
     *,
     quantized: str = DEQUANTIZE,
     quantize: str | None = None,
+    allow_unknown: Collection[str] = (),
     shard: str | Shard = Shard(),  # noqa: B008 (a frozen value)
     verified: bool = False,
     threads: int | None = None,
@@ -80,6 +81,7 @@ def convert(
         quantize: quantise the experts' and the dense projections on the way: "int8", "fp8" (a scale for each output),
             "int4" (groups of 128 inputs) or "fp8-blocks" (128 x 128). Routers, norms, embeddings, biases, the head and
             the MTP layer's projection stay as they are: they are small, and accuracy depends on them.
+        allow_unknown: keys of config.json to pass over although they may change what the model computes.
         shard: this process among several that share the conversion: "0/4" to "3/4". The last to end completes it.
         verified: read both sides again and compare them (as `verify`) before the target gets its name.
         threads: items converted at a time; by default what suits the cores.
@@ -94,7 +96,7 @@ def convert(
     """
     started = time.monotonic()
     share = Shard.parse(shard) if isinstance(shard, str) else shard
-    hf, layout, notes = _plan(source, target, quantized=quantized, quantize=quantize)
+    hf, layout, notes = _plan(source, target, quantized=quantized, quantize=quantize, allow_unknown=allow_unknown)
     with resumable_directory(target, _identity(hf, layout), share) as work:
         work.check_space(layout.items)
         writer = OrbaxWriter(work.path, layout.arrays, resume=True, timestamp_ns=_TIMESTAMP_NS)
@@ -104,7 +106,7 @@ def convert(
             writer.close()
             conversion.complete(work.path, done)
             if verified:
-                check_equal(source, work.path, threads=threads)
+                check_equal(source, work.path, threads=threads, allow_unknown=allow_unknown)
 
         work.run(layout.items, conversion.process, threads=threads or default_threads(), progress=progress)
         complete = work.finish(layout.items, finish)
@@ -115,7 +117,7 @@ def convert(
 
 
 def _plan(
-    source: str | Path, target: str | Path, *, quantized: str, quantize: str | None
+    source: str | Path, target: str | Path, *, quantized: str, quantize: str | None, allow_unknown: Collection[str]
 ) -> tuple[HfSource, Layout, list[str]]:
     """Check the arguments of a conversion, open its source and lay out the target; with notes for the user."""
     if quantized not in QUANTIZED:
@@ -126,7 +128,7 @@ def _plan(
     check_target_beside(source, target)
     if not is_url(source) and not Path(source).is_dir():
         raise CheckpointError(f"{source} is not a directory; the source is a Hugging Face checkpoint directory")
-    hf = HfSource(source)
+    hf = HfSource(source, allow_unknown=allow_unknown)
     made, notes = ({}, list[str]()) if method is None else quantizing.choose(hf.config, method)
     layout = plan_layout(hf, keep=quantized == KEEP, made=made)
     if quantized == KEEP and not layout.kept:
@@ -155,7 +157,7 @@ def _identity(hf: HfSource, layout: Layout) -> dict[str, Any]:
 
 
 def _notes(hf: HfSource, records: dict[str, TensorRecord]) -> tuple[str, ...]:
-    notes = list(hf.plan.notes)
+    notes = list(hf.notes)
     if hf.plan.ignored:
         notes.append(f"{len(hf.plan.ignored)} superfluous tensors passed over, such as {hf.plan.ignored[0]}")
     if hf.files.unlisted:

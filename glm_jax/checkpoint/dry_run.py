@@ -15,7 +15,7 @@ import os
 import tempfile
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,7 @@ def dry_run(
     config: str | Path | None = None,
     quantized: str = DEQUANTIZE,
     quantize: str | None = None,
+    allow_unknown: Collection[str] = (),
 ) -> DryRun:
     """Plan a conversion and collect what is wrong, without writing it.
 
@@ -126,14 +127,15 @@ def dry_run(
         config: a known model's name, or a config.json or its directory; by default the source's own.
         quantized: as for `convert`.
         quantize: as for `convert`.
+        allow_unknown: as for `convert`.
     """
     problems: list[str] = []
     notes: list[str] = []
     plan, hf = DryRun(), None
     try:
-        hf = _source(source, config)
+        hf = _source(source, config, allow_unknown)
         made, more = ({}, []) if quantize is None else quantizing.choose(hf.config, quantizing.method(quantize))
-        notes += [*hf.plan.notes, *more]
+        notes += [*hf.notes, *more]
         layout = plan_layout(hf, keep=quantized == KEEP, made=made)
         used = {stored for name in hf.plan.mappings for stored in hf.plan.stored(name)}
         if hf.plan.ignored:
@@ -162,7 +164,7 @@ def dry_run(
     return dataclasses.replace(plan, free=free, rate=rate, notes=tuple(notes), problems=tuple(problems))
 
 
-def _source(place: str | Path, config: str | Path | None) -> HfSource:
+def _source(place: str | Path, config: str | Path | None, allow_unknown: Collection[str]) -> HfSource:
     source = Path(place)
     if is_url(place) or source.is_dir():
         directory = open_directory(place)
@@ -170,7 +172,7 @@ def _source(place: str | Path, config: str | Path | None) -> HfSource:
             content = parse_config_json(read_config_bytes(directory), directory.at("config.json"))
         else:
             content = dict(_config(config))
-        return HfSource.of_headers(content, SafetensorsDir(directory, complete=False))
+        return HfSource.of_headers(content, SafetensorsDir(directory, complete=False), allow_unknown=allow_unknown)
     if not source.is_file():
         raise CheckpointError(f"{source} is neither a Hugging Face directory nor a list of tensors")
     files = TensorList(source)
@@ -181,7 +183,7 @@ def _source(place: str | Path, config: str | Path | None) -> HfSource:
     content = dict(_config(config))
     if "quantization_config" not in content and any(name.endswith("_scale_inv") for name in files.tensors):
         content = {**content, "quantization_config": quantization_config(Fp8(_BLOCK, _BLOCK, "_scale_inv"), [])}
-    return HfSource.of_headers(content, files)
+    return HfSource.of_headers(content, files, allow_unknown=allow_unknown)
 
 
 def _config(config: str | Path) -> Mapping[str, Any]:

@@ -29,9 +29,9 @@ from glm_jax.checkpoint.quantized import DEQUANTIZED, FLOAT_DTYPES, Format, Inde
 from glm_jax.checkpoint.resume import Progress, default_threads, resumable_directory
 from glm_jax.checkpoint.safetensors import NUMPY_DTYPES, TensorSpec, dtype_name
 from glm_jax.checkpoint.safetensors_writer import SafetensorsWriter
-from glm_jax.checkpoint.text_part import text_config
 from glm_jax.configs import to_hf
 from glm_jax.configs.hf import read_config_json, write_config_json
+from glm_jax.configs.hf_nested import text_config
 from glm_jax.errors import CheckpointError, InputError
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -268,6 +268,11 @@ def _config(checkpoint: OrbaxSource, assets: Path, layout: Format | None, exempt
     """config.json: the source's own, with the `quantization_config` of what is written."""
     if (assets / "config.json").exists():
         content = dict(text_config(read_config_json(assets)))
+        if content["model_type"] != checkpoint.config.model_type:  # was part of a multimodal model, stands alone now
+            dtype = content.get("dtype") or content.get("torch_dtype") or BFLOAT16
+            content = to_hf(checkpoint.config, dtype=dtype)
+        elif content.get("tie_word_embeddings", False) != checkpoint.config.tie_embeddings:
+            content["tie_word_embeddings"] = checkpoint.config.tie_embeddings
     else:
         dtype = next(
             np.dtype(checkpoint.arrays.spec(name).dtype).name

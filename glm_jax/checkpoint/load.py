@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,30 +43,34 @@ from glm_jax.sharding.host_arrays import check_mesh
 Read = Callable[[Index], np.ndarray]
 
 
-def open_source(directory: str | Path) -> HfSource | OrbaxSource:
+def open_source(directory: str | Path, *, allow_unknown: Collection[str] = ()) -> HfSource | OrbaxSource:
     """Open a checkpoint directory of either kind.
+
+    Args:
+        directory: its path, or of a Hugging Face directory the URL.
+        allow_unknown: keys of config.json to pass over although they may change what the model computes.
 
     Raises:
         CheckpointError: the directory does not exist or is neither kind.
     """
     if is_url(directory):
-        return _open_url(str(directory))
+        return _open_url(str(directory), allow_unknown)
     path = Path(directory)
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory; a checkpoint is an Orbax or a Hugging Face directory")
     if is_orbax(path):
         return OrbaxSource(path)
     if (path / "config.json").exists() or any(path.glob("*.safetensors*")):
-        return HfSource(path)
+        return HfSource(path, allow_unknown=allow_unknown)
     raise CheckpointError(
         f"{path} holds no checkpoint: neither glm_jax.json (Orbax) nor config.json with *.safetensors (Hugging Face)"
     )
 
 
-def _open_url(url: str) -> HfSource:
+def _open_url(url: str, allow_unknown: Collection[str]) -> HfSource:
     if MANIFEST in open_directory(url).names():
         raise CheckpointError(f"{url} is an Orbax checkpoint; those are read from a disk: copy it to one")
-    return HfSource(url)
+    return HfSource(url, allow_unknown=allow_unknown)
 
 
 def load(
@@ -78,6 +82,7 @@ def load(
     rules: Rules | None = None,
     quantized: str = KEEP,
     layers: slice | str | None = None,
+    allow_unknown: Collection[str] = (),
 ) -> Transformer:
     """Return the model of a checkpoint directory, its weights on a mesh.
 
@@ -94,6 +99,7 @@ def load(
             by slice. What cannot be kept is dequantised; the model's `notes` say what, and why.
         layers: only these decoder layers, as a slice or as `0:4`, under the whole model's final norm and head; the MTP
             layer is there if the last one is. The model's `config` has only these.
+        allow_unknown: keys of config.json to pass over although they may change what the model computes.
 
     Raises:
         CheckpointError: the checkpoint is missing, incomplete or damaged.
@@ -103,7 +109,8 @@ def load(
     """
     check_choice(quantized)
     options: dict[str, Any] = {"dtype": dtype, "stacked": stacked, "rules": rules}
-    return load_source(open_source(directory), mesh=mesh, quantized=quantized, layers=layers, **options)
+    source = open_source(directory, allow_unknown=allow_unknown)
+    return load_source(source, mesh=mesh, quantized=quantized, layers=layers, **options)
 
 
 def load_source(
@@ -124,8 +131,10 @@ def load_source(
     model = runtime_model(part.config, mesh, dtype=dtype, rules=rules)
     stacked = model.ops.stacked_layers if stacked is None else stacked
     leaves: dict[str, Leaf] = {}
+    model.notes = source.notes
     if quantized == KEEP:
-        leaves, model.notes = plan_leaves(source, model, mesh)
+        leaves, notes = plan_leaves(source, model, mesh)
+        model.notes += notes
         model = map_weights(lambda name, w: leaves[name].abstract(w) if name in leaves else w.get_raw_value(), model)
     placed = with_shardings(with_layer_layout(model, stacked=stacked), mesh, model.rules)
     reader = _Reader(source, part, leaves)

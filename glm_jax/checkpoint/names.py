@@ -54,10 +54,12 @@ class TensorMapping:
     stands_for: tuple[str, ...] = ()
 
 
+HEAD = "lm_head.weight"
+
 _MODEL = (
     Row("model.embed_tokens.weight", "embedding.weight"),
     Row("model.norm.weight", "final_norm.scale"),
-    Row("lm_head.weight", "head.weight"),
+    Row(HEAD, "head.weight"),
 )
 
 _NORMS = (
@@ -141,9 +143,9 @@ LAYER_GROUPS = ("dense", "moe")
 _IGNORED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
-def is_ignored(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor is known to be superfluous: old rotary tables, or the head of a model that ties it."""
-    return bool(_IGNORED.fullmatch(name)) or (config.tie_embeddings and name == "lm_head.weight")
+def is_ignored(name: str) -> bool:
+    """Whether a tensor is known to be superfluous: an old rotary table."""
+    return bool(_IGNORED.fullmatch(name))
 
 
 def canonical_mappings(config: ModelConfig) -> dict[str, TensorMapping]:

@@ -124,6 +124,7 @@ class OrbaxSource:
     Attributes:
         manifest: what `glm_jax.json` says.
         config: the architecture.
+        notes: none; those of the source were given when it was converted.
 
     Raises:
         CheckpointError: the manifest or the array metadata is missing or damaged, or they do not fit each other.
@@ -132,6 +133,7 @@ class OrbaxSource:
     def __init__(self, directory: str | Path) -> None:
         self.manifest = read_manifest(Path(directory))
         self.config = self.manifest.config
+        self.notes: tuple[str, ...] = ()
         self.arrays = OrbaxReader(directory)
         self._mappings = _one_mapping_each(self.config) if self.manifest.kept else {}
         self._check_arrays(Path(directory))

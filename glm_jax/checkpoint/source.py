@@ -5,18 +5,16 @@ A loader asks for the slices that its devices need, never for more. `orbax_sourc
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from glm_jax import configs
 from glm_jax.checkpoint.directories import open_directory
 from glm_jax.checkpoint.files import Directory, read_small
 from glm_jax.checkpoint.names import TensorMapping
@@ -24,10 +22,11 @@ from glm_jax.checkpoint.quantization_config import read_quantization
 from glm_jax.checkpoint.quantized import DEQUANTIZED, Format, Index, rows_and_columns, stored_mappings
 from glm_jax.checkpoint.safetensors import NUMPY_DTYPES
 from glm_jax.checkpoint.safetensors_dir import SafetensorsDir
-from glm_jax.checkpoint.text_part import TextPart, has_text_part, text_config
+from glm_jax.checkpoint.text_part import TextPart, has_text_part
 from glm_jax.checkpoint.validation import Problems, plan_source
 from glm_jax.configs import ModelConfig
-from glm_jax.configs.hf import parse_config_json
+from glm_jax.configs.hf import HfConfig, parse_config_json, read_hf
+from glm_jax.configs.hf_nested import text_config
 from glm_jax.errors import CheckpointError, ConfigError
 
 _MAX_CONFIG_BYTES = 16 * 2**20
@@ -38,6 +37,7 @@ class Source(Protocol):
     """A checkpoint, as the weights of the stacked model."""
 
     config: ModelConfig
+    notes: tuple[str, ...]  # for the user, about what was decided and passed over
 
     def read(self, weight: str, index: Index) -> np.ndarray:
         """The slice `weight[index]`, with a start and stop for each dimension, in the stored dtype."""
@@ -217,36 +217,42 @@ class HfSource:
         config_json: the bytes of its config.json.
         files: the safetensors of the directory.
         plan: what becomes of each tensor.
+        notes: sentences for the user about what was decided and passed over.
         config: the architecture, with what only the tensors tell.
         weights: the weights, quantised ones as bfloat16 values.
+
+    Args:
+        directory: its path or URL.
+        allow_unknown: keys of config.json to pass over although they may change what the model computes.
 
     Raises:
         ConfigError: config.json is not of a supported architecture, or of an unknown quantisation.
         CheckpointError: the tensors are not complete, or do not fit the configuration.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
+    def __init__(self, directory: str | os.PathLike[str], *, allow_unknown: Collection[str] = ()) -> None:
         self.directory = open_directory(directory)
         self.config_json = read_config_bytes(self.directory)
-        content = text_config(parse_config_json(self.config_json, self.directory.at("config.json")))
-        config = configs.from_hf(content)  # before the files are opened, so that a wrong config is reported first
-        self._account(config, content, SafetensorsDir(self.directory))
+        content = parse_config_json(self.config_json, self.directory.at("config.json"))
+        read = read_hf(content, allow_unknown=allow_unknown)  # before the files: a wrong config is reported first
+        self._account(read, content, SafetensorsDir(self.directory))
         self._check_repeated_shapes()
 
     @classmethod
-    def of_headers(cls, content: Mapping[str, Any], files: Any) -> HfSource:
+    def of_headers(cls, content: Mapping[str, Any], files: Any, *, allow_unknown: Collection[str] = ()) -> HfSource:
         """The source with a config.json's content and `files`, which need `tensors` but no data: for plans."""
         source = cls.__new__(cls)
-        content = text_config(content)
-        source._account(configs.from_hf(content), content, files)
+        source._account(read_hf(content, allow_unknown=allow_unknown), content, files)
         return source
 
-    def _account(self, config: ModelConfig, content: Mapping[str, Any], files: SafetensorsDir) -> None:
+    def _account(self, read: HfConfig, content: Mapping[str, Any], files: SafetensorsDir) -> None:
         self.files: Files = TextPart(files) if has_text_part(files.tensors) else files
-        self.plan = plan_source(config, self.files.tensors, read_quantization(content))
-        if isinstance(self.files, TextPart):
-            note = f"only the language model is taken; {len(self.files.left_out)} tensors of other parts are left out"
-            self.plan = dataclasses.replace(self.plan, notes=(*self.plan.notes, note))
+        notes = (*read.notes, *([self.files.note] if isinstance(self.files, TextPart) else []))
+        try:
+            self.plan = plan_source(read.config, self.files.tensors, read_quantization(text_config(content)))
+        except CheckpointError as error:  # perhaps because a key that was left out has another value than the default
+            raise CheckpointError("; ".join([str(error), *read.notes])) from None
+        self.notes = (*notes, *self.plan.notes)
         self.config = self.plan.config
         self.weights = HfArrays(self.files, self.plan.mappings, self.plan.quantized)
 

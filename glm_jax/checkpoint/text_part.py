@@ -1,13 +1,15 @@
 """The text part of a multimodal checkpoint: its tensors under the names that they would have alone.
 
-Such a checkpoint has a language model of a known architecture under `language_model.`, beside towers and projectors
-for pictures and sounds, and its config.json has the language model's own under `text_config`.
+Such a checkpoint has a language model of a known architecture under `language_model.` (Kimi K2.5) or
+`model.language_model.` (GLM-4.5V, and what transformers saves), beside encoders and projectors for pictures and sounds.
+Its config.json has the language model's under `text_config` (`configs.hf_nested`).
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,15 @@ import numpy as np
 from glm_jax.checkpoint.safetensors import SafetensorsFile, TensorInfo
 from glm_jax.checkpoint.safetensors_dir import SafetensorsDir
 
-PREFIX = "language_model."
-# What stands beside the language models of the known architectures.
-_OTHER_PARTS = ("vision_tower.", "mm_projector.", "multi_modal_projector.", "visual.", "audio_tower.")
+# The prefixes of a language model's tensors, and what stands there if it is alone; the first that fits counts.
+_PREFIXES = {
+    "language_model.model.blocks.": "model.layers.",  # as transformers 5.23 saves Kimi K2.5
+    "language_model.": "",
+    "model.language_model.": "model.",
+}
+# What stands beside the language models of the known architectures, at the top or under `model.`.
+_PARTS = ("vision_tower.", "mm_projector.", "multi_modal_projector.", "visual.", "audio_tower.")
+_OTHER_PARTS = (*_PARTS, *(f"model.{part}" for part in _PARTS))
 
 
 class TextPart:
@@ -34,14 +42,24 @@ class TextPart:
         self._files = files
         ours = [name for name in files.tensors if not name.startswith(_OTHER_PARTS)]
         # Of two that would have one name, one keeps its prefix, which validation does not know.
-        self._named = {name: name for name in ours if not name.startswith(PREFIX)}
+        self._named = {name: name for name in ours if _text_name(name) == name}
         for name in ours:
-            short = name.removeprefix(PREFIX)
+            short = _text_name(name)
             self._named[name if short in self._named else short] = name
         self.left_out = tuple(name for name in files.tensors if name.startswith(_OTHER_PARTS))
         self.tensors: dict[str, TensorInfo] = {
             short: dataclasses.replace(files.tensors[name], name=short) for short, name in self._named.items()
         }
+
+    @property
+    def note(self) -> str:
+        """A sentence about what is passed over."""
+        counts = collections.Counter(
+            next(part for part in _OTHER_PARTS if name.startswith(part)) for name in self.left_out
+        )
+        parts = ", ".join(f"{count} of {part}*" for part, count in sorted(counts.items()))
+        passed_over = f": {len(self.left_out)} tensors are passed over ({parts})" if parts else ""
+        return f"a multimodal checkpoint, of which only the language model is taken{passed_over}"
 
     @property
     def files(self) -> dict[str, SafetensorsFile]:
@@ -78,13 +96,12 @@ class TextPart:
 
 def has_text_part(names: Iterable[str]) -> bool:
     """Whether tensors of these names are a multimodal checkpoint's."""
-    return any(name.startswith(PREFIX) for name in names)
+    return any(name.startswith(tuple(_PREFIXES)) for name in names)
 
 
-def text_config(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config.json of the text part, which is all of it if there is no other; its quantisation may stand outside."""
-    inner = content.get("text_config")
-    if not isinstance(inner, Mapping):
-        return content
-    outer = content.get("quantization_config")
-    return {**({} if outer is None else {"quantization_config": outer}), **inner}
+def _text_name(name: str) -> str:
+    """The name that a tensor would have if the language model stood alone."""
+    for prefix, short in _PREFIXES.items():
+        if name.startswith(prefix):
+            return short + name.removeprefix(prefix)
+    return name

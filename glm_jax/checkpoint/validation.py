@@ -9,7 +9,7 @@ config.json says so and none is, does not add up either.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Protocol
 
 from glm_jax.checkpoint.names import (
@@ -17,11 +17,10 @@ from glm_jax.checkpoint.names import (
     canonical_mappings,
     fused_mappings,
     is_ignored,
-    mtp_copy_names,
-    mtp_prefix,
 )
 from glm_jax.checkpoint.quantization_config import Quantization
 from glm_jax.checkpoint.quantized import FLOAT_DTYPES, Format
+from glm_jax.checkpoint.settle import settle
 from glm_jax.configs import ModelConfig
 from glm_jax.errors import CheckpointError
 
@@ -83,12 +82,12 @@ def plan_source(
         CheckpointError: one error that lists every missing, unknown, doubled, misshapen tensor, every dtype that
             cannot be read, and every quantised matrix whose parts are not complete or do not fit.
     """
-    config, notes = _settle_mtp(config, headers)
+    config, notes = settle(config, headers)
     canonical, fused = canonical_mappings(config), fused_mappings(config)
     problems = Problems()
     quantized, claimed = _match_quantized(quantization, canonical, headers, problems=problems)
     mappings, filled = {name: canonical[name] for name in quantized}, set(quantized)
-    ignored = [name for name in headers if name not in canonical and name not in fused and is_ignored(name, config)]
+    ignored = [name for name in headers if name not in canonical and name not in fused and is_ignored(name)]
     for name, header in headers.items():
         if name in claimed:
             continue
@@ -191,18 +190,6 @@ def _check_parts(
             )
         if header.dtype not in part.dtypes:
             problems.add("of the wrong dtype for its part", f"{stored} is {header.dtype}, not {', '.join(part.dtypes)}")
-
-
-def _settle_mtp(config: ModelConfig, headers: Iterable[str]) -> tuple[ModelConfig, list[str]]:
-    names = set(headers)
-    if not config.num_mtp_layers:
-        return config, []
-    prefix = mtp_prefix(config)
-    if not any(name.startswith(prefix) for name in names):
-        note = f"the config names an MTP layer but there is no tensor {prefix}*: going on without MTP"
-        return dataclasses.replace(config, num_mtp_layers=0, mtp_copies=()), [note]
-    copies = tuple(kind for kind, name in mtp_copy_names(config).items() if name in names)
-    return dataclasses.replace(config, mtp_copies=copies), []
 
 
 class Problems:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,12 @@ class Verification:
 
 
 def verify(
-    source: str | Path, target: str | Path, *, threads: int | None = None, progress: Progress | None = None
+    source: str | Path,
+    target: str | Path,
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    allow_unknown: Collection[str] = (),
 ) -> Verification:
     """Compare a converted checkpoint with the Hugging Face directory that it was made of.
 
@@ -54,6 +60,8 @@ def verify(
         target: the directory that `convert` made of it.
         threads: items compared at a time; by default what suits the cores.
         progress: called with the bytes done and the bytes in all.
+        allow_unknown: keys of the source's config.json that were passed over although they may change what the model
+            computes.
 
     Raises:
         CheckpointError: one of the two does not exist or cannot be read.
@@ -62,7 +70,7 @@ def verify(
     started = time.monotonic()
     if not is_orbax(Path(target)):
         raise CheckpointError(f"{target} is no Orbax checkpoint of glm_jax (it has no glm_jax.json)")
-    hf, checkpoint = HfSource(source), OrbaxSource(target)
+    hf, checkpoint = HfSource(source, allow_unknown=allow_unknown), OrbaxSource(target)
     comparison = _Comparison(hf, checkpoint, Path(target))
     total, done = sum(item.nbytes for item in comparison.layout.items), 0
 
@@ -80,9 +88,11 @@ def verify(
     return Verification(comparison.tensors, total, time.monotonic() - started, problems)
 
 
-def check_equal(source: str | Path, target: str | Path, *, threads: int | None = None) -> None:
+def check_equal(
+    source: str | Path, target: str | Path, *, threads: int | None = None, allow_unknown: Collection[str] = ()
+) -> None:
     """Raise CheckpointError with the first differences if `verify` finds any."""
-    problems = verify(source, target, threads=threads).problems
+    problems = verify(source, target, threads=threads, allow_unknown=allow_unknown).problems
     if problems:
         more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise CheckpointError(f"{target} is not what {source} holds: {'; '.join(problems[:_SHOWN])}{more}")

@@ -52,7 +52,8 @@ def run(flags: absl_flags.FlagValues) -> dict[str, Any]:
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "speculative")
     settings = {name: getattr(flags, name) for name in names}
     given = {name: value for name, value in settings.items() if value is not None}
-    source, text = open_source(flags.model), TextProcessor.load(flags.model)
+    source = open_source(flags.model, allow_unknown=flags.allow_unknown)
+    text = TextProcessor.load(flags.model)
     chosen_sampling(flags, source.config)  # refuses what is out of range before the weights are loaded
     chat = Chat(load_model(flags, source), text)
     conversation = Conversation(chat, flags.system, thinking=flags.thinking, settings=given)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags as absl_flags
 
 from glm_jax.cli import printing
-from glm_jax.cli.shared_flags import define_json, need
+from glm_jax.cli.shared_flags import define_allow_unknown, define_json, need
 
 if TYPE_CHECKING:
     from glm_jax.checkpoint import DryRun, Report
@@ -39,6 +39,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_bool("dry_run", False, "say what would be done, and what is wrong", flag_values=flags)
     text = "for --dry_run, in place of the source's: a known model's name or a config.json"
     absl_flags.DEFINE_string("config", None, text, flag_values=flags)
+    define_allow_unknown(flags)
     define_json(flags)
 
 
@@ -48,16 +49,17 @@ def run(flags: absl_flags.FlagValues) -> dict[str, Any]:
     from glm_jax import checkpoint
 
     if flags.dry_run:
-        options = {"config": flags.config, "quantized": flags.quantized, "quantize": flags.quantize}
+        options = {name: getattr(flags, name) for name in ("config", "quantized", "quantize", "allow_unknown")}
         return _show_plan(checkpoint.dry_run(flags.source, flags.target, **options))
     if flags.verify and (Path(flags.target) / "glm_jax.json").is_file():
-        return _verify(flags.source, flags.target)
+        return _verify(flags)
     with printing.progress("converting") as progress:
         report = checkpoint.convert(
             flags.source,
             flags.target,
             quantized=flags.quantized,
             quantize=flags.quantize,
+            allow_unknown=flags.allow_unknown,
             shard=flags.shard,
             verified=flags.verify,
             progress=progress,
@@ -66,7 +68,7 @@ def run(flags: absl_flags.FlagValues) -> dict[str, Any]:
     if not report.complete:
         print(f"shard {flags.shard} is done; {flags.target} appears when the others are")
     result["complete"] = report.complete
-    return result | (_show_losses(report, flags.source, flags.target) if report.losses else {})
+    return result | (_show_losses(report, flags) if report.losses else {})
 
 
 def summarize(done: str, report: Report, target: str) -> dict[str, Any]:
@@ -85,16 +87,17 @@ def summarize(done: str, report: Report, target: str) -> dict[str, Any]:
     }
 
 
-def _show_losses(report: Report, source: str, target: str) -> dict[str, Any]:
+def _show_losses(report: Report, flags: absl_flags.FlagValues) -> dict[str, Any]:
     """Print what quantising changed: of each weight, and, where two models fit the machine, of what they predict."""
-    from glm_jax.checkpoint import divergence
+    from glm_jax.checkpoint import divergence, open_source
 
     print("relative error of what was quantised (root mean square):")
     for weight, lost in report.losses.items():
         print(f"  {weight:32} {lost.relative:.2%}")
     result: dict[str, Any] = {"relative_errors": {weight: lost.relative for weight, lost in report.losses.items()}}
-    if report.complete and divergence.fits(source):
-        result["divergence"] = divergence.divergence(source, target)
+    if report.complete and divergence.fits(open_source(flags.target).config):
+        options = {"allow_unknown": flags.allow_unknown}
+        result["divergence"] = divergence.divergence(flags.source, flags.target, **options)
         print(f"KL divergence from the source: {result['divergence']:.2g} nats a token, on a random sample")
     return result
 
@@ -127,12 +130,13 @@ def _show_plan(plan: DryRun) -> dict[str, Any]:
     }
 
 
-def _verify(source: str, target: str) -> dict[str, Any]:
+def _verify(flags: absl_flags.FlagValues) -> dict[str, Any]:
     """Compare a finished conversion with its source and print every difference; `ok` is False if there is one."""
     from glm_jax import checkpoint
 
     with printing.progress("comparing") as progress:
-        found = checkpoint.verify(source, target, progress=progress)
+        options = {"progress": progress, "allow_unknown": flags.allow_unknown}
+        found = checkpoint.verify(flags.source, flags.target, **options)
     for problem in found.problems:
         print(f"problem: {problem}")
     size, count = printing.format_bytes(found.nbytes), len(found.problems)
@@ -140,7 +144,7 @@ def _verify(source: str, target: str) -> dict[str, Any]:
     print(f"{found.tensors} tensors, {size}: {verdict} ({found.seconds:.1f} s)")
     return {
         "ok": not found.problems,
-        "target": target,
+        "target": flags.target,
         "tensors": found.tensors,
         "bytes": found.nbytes,
         "seconds": found.seconds,

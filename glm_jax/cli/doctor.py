@@ -14,13 +14,13 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from absl import flags as absl_flags
 
 from glm_jax.cli import doctor_compare, printing
-from glm_jax.cli.shared_flags import define_json, define_processes
+from glm_jax.cli.shared_flags import define_allow_unknown, define_json, define_processes
 from glm_jax.errors import Error
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     text = "directory of an Orbax or a Hugging Face checkpoint to check"
     absl_flags.DEFINE_string("model", None, text, flag_values=flags)
     doctor_compare.define_flags(flags)
+    define_allow_unknown(flags)
     define_processes(flags)
     define_json(flags)
 
@@ -49,7 +50,7 @@ def run(flags: absl_flags.FlagValues) -> dict[str, Any]:
     devices, checks = _devices()
     config, comparison = configs.get("glm-4.5-air"), None
     if flags.model is not None:
-        found, source = check_checkpoint(flags.model)
+        found, source = check_checkpoint(flags.model, flags.allow_unknown)
         checks += found
         config = config if source is None else source.config
         if flags.compare is not None and source is not None:
@@ -127,19 +128,22 @@ def chosen_operations(config: ModelConfig) -> dict[str, dict[str, str]]:
     return found
 
 
-def check_checkpoint(directory: str) -> tuple[list[dict[str, str]], doctor_compare.Source | None]:
+def check_checkpoint(
+    directory: str, allow_unknown: Collection[str] = ()
+) -> tuple[list[dict[str, str]], doctor_compare.Source | None]:
     """The checks of a checkpoint's files, and the open checkpoint (None if it does not open)."""
     from glm_jax.checkpoint import open_source
     from glm_jax.serving import text_directory
     from glm_jax.text import ChatTemplate, GenerationDefaults, load_tokenizer
 
     try:
-        source = open_source(directory)
+        source = open_source(directory, allow_unknown=allow_unknown)
         files = text_directory(directory)
     except Error as error:
         return [_check("checkpoint", ERROR, str(error))], None
     config = source.config
-    checks = [_check("checkpoint", OK, f"opens; {config.model_type}, {config.num_layers} layers")]
+    opens = f"opens; {config.model_type}, {config.num_layers} layers"
+    checks = [_check("checkpoint", OK, "; ".join([opens, *source.notes]))]
 
     def tokenizer() -> tuple[str, str]:
         size = load_tokenizer(files).vocab_size

@@ -67,7 +67,7 @@ def run(flags: absl_flags.FlagValues, source: Source) -> tuple[dict[str, Any], l
     """Compare the open checkpoint of --model with --compare: the report, and one check for each thing looked at."""
     from glm_jax.evaluation import SIZES, config_differences
 
-    reference = _open_reference(flags.compare)
+    reference = _open_reference(flags.compare, flags.allow_unknown)
     limit = source.config.num_layers
     if flags.layers is not None and not 1 <= flags.layers <= limit:
         raise InputError(f"--layers={flags.layers} is not within 1..{limit}, the layers of the model")
@@ -94,11 +94,11 @@ def run(flags: absl_flags.FlagValues, source: Source) -> tuple[dict[str, Any], l
     return {**comparison, "versions": versions, "parity": _parity_json(parity, dtype)}, checks
 
 
-def _open_reference(directory: str) -> HfSource:
+def _open_reference(directory: str, allow_unknown: list[str]) -> HfSource:
     from glm_jax.checkpoint import open_source
     from glm_jax.checkpoint.source import HfSource
 
-    reference = open_source(directory)
+    reference = open_source(directory, allow_unknown=allow_unknown)
     if not isinstance(reference, HfSource):
         raise CheckpointError(f"--compare={directory} is an Orbax checkpoint; transformers reads Hugging Face ones")
     return reference

@@ -53,7 +53,7 @@ def run(flags: absl_flags.FlagValues) -> dict[str, Any]:
     from glm_jax.text import beginning_ids, load_tokenizer
 
     # Everything that can be refused is, before the weights are loaded.
-    source = open_source(flags.model)
+    source = open_source(flags.model, allow_unknown=flags.allow_unknown)
     config = source.config
     sampling = chosen_sampling(flags, config, ignore_eos=flags.ignore_eos)
     tokenizer = None

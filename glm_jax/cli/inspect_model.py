@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags as absl_flags
 
 from glm_jax.cli import printing
-from glm_jax.cli.shared_flags import define_json, define_processes, need
+from glm_jax.cli.shared_flags import define_allow_unknown, define_json, define_processes, need
 from glm_jax.configs import GqaConfig
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     """The verb's flags."""
     text = "a known model such as glm-4.5-air, or the directory of a checkpoint"
     absl_flags.DEFINE_string("model", None, text, flag_values=flags)
+    define_allow_unknown(flags)
     define_processes(flags)
     define_json(flags)
 
@@ -40,7 +41,7 @@ def run(flags: absl_flags.FlagValues) -> dict[str, Any]:
     config = named_config(flags.model)
     kind, quantization = PRESET, None
     if config is None:
-        kind, config, stored, quantization = _open(flags.model)
+        kind, config, stored, quantization = _open(flags.model, flags.allow_unknown)
     else:
         stored = _declared_bytes(config)
     counts = count_parameters(config)
@@ -60,13 +61,15 @@ def run(flags: absl_flags.FlagValues) -> dict[str, Any]:
     }
 
 
-def _open(directory: str) -> tuple[str, ModelConfig, Counter[str], str | None]:
+def _open(directory: str, allow_unknown: list[str]) -> tuple[str, ModelConfig, Counter[str], str | None]:
     """Kind, configuration, stored bytes by dtype and the source's quantisation in words of a checkpoint directory."""
     from glm_jax.checkpoint import open_source
     from glm_jax.checkpoint.safetensors import NUMPY_DTYPES
     from glm_jax.checkpoint.source import HfSource
 
-    source = open_source(directory)
+    source = open_source(directory, allow_unknown=allow_unknown)
+    for note in source.notes:
+        printing.notice(f"note: {note}")
     stored: Counter[str] = Counter()
     if isinstance(source, HfSource):
         for tensor in source.files.tensors.values():

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags as absl_flags
 
-from glm_jax.cli import plan_compile, plan_text
-from glm_jax.cli.shared_flags import define_integer, define_json, define_rules, need
+from glm_jax.cli import plan_compile, plan_text, printing
+from glm_jax.cli.shared_flags import define_allow_unknown, define_integer, define_json, define_rules, need
 from glm_jax.errors import InputError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     text("weights", "bfloat16", "bfloat16, float16, float32, fp8, int8 or int4: of experts and projections")
     text("cache_dtype", None, "bfloat16, float16, float32, fp8 or int8; by default that of the arithmetic")
     define_rules(flags)
+    define_allow_unknown(flags)
     plan_compile.define_compile(flags)
     define_json(flags)
 
@@ -60,7 +61,7 @@ def run(flags: absl_flags.FlagValues) -> dict[str, Any]:
     from glm_jax.sharding import rules_named
 
     cluster = planning.choose_cluster(flags.device, count=flags.count, topology=flags.topology, memory=memory)
-    config = _config(flags.model)
+    config = _config(flags.model, flags.allow_unknown)
     job = planning.Job(
         config=config,
         kind=flags.job,
@@ -94,15 +95,22 @@ def parse_memory(text: str) -> int:
     return size
 
 
-def _config(name: str) -> ModelConfig:
+def _config(name: str, allow_unknown: list[str]) -> ModelConfig:
     """The architecture of a preset, of a checkpoint, or of a directory that has no more than a config.json yet."""
-    from glm_jax import checkpoint, configs
+    from glm_jax import checkpoint
     from glm_jax.cli.loading import named_config
+    from glm_jax.configs.hf import read_hf
 
     found = named_config(name)
     if found is not None:
         return found
     directory = Path(name)
     if (directory / "config.json").is_file() and not any(directory.glob("*.safetensors*")):
-        return configs.from_hf(directory)
-    return checkpoint.open_source(directory).config
+        read = read_hf(directory, allow_unknown=allow_unknown)
+        config, notes = read.config, read.notes
+    else:
+        source = checkpoint.open_source(directory, allow_unknown=allow_unknown)
+        config, notes = source.config, source.notes
+    for note in notes:
+        printing.notice(f"note: {note}")
+    return config

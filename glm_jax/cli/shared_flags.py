@@ -47,6 +47,12 @@ def define_json(flags: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_boolean("json", False, text, flag_values=flags)
 
 
+def define_allow_unknown(flags: absl_flags.FlagValues) -> None:
+    """--allow_unknown: for every verb that reads a config.json."""
+    text = "keys of config.json to pass over although they may change what the model computes: KEY or KEY,KEY"
+    absl_flags.DEFINE_list("allow_unknown", [], text, flag_values=flags)
+
+
 def define_rules(flags: absl_flags.FlagValues) -> None:
     """--rules: for every verb that places weights."""
     text = "what to split over which axis of the mesh: default, serve_latency, serve_throughput, train or long_context"
@@ -65,7 +71,7 @@ def define_processes(flags: absl_flags.FlagValues) -> None:
 
 
 def define_loading(flags: absl_flags.FlagValues) -> None:
-    """--model, --mesh, --rules, --dtype, --quantized, --layers, --cache and `define_processes`'s: verbs that load."""
+    """The flags of every verb that loads a model: which one, how, and `define_processes`'s."""
     absl_flags.DEFINE_string("model", None, "directory of an Orbax or a Hugging Face checkpoint", flag_values=flags)
     text = "devices along each axis, as data=1,expert=4,tensor=2; by default over all devices that divide the model"
     absl_flags.DEFINE_string("mesh", None, text, flag_values=flags)
@@ -78,6 +84,7 @@ def define_loading(flags: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_string("cache", None, text, flag_values=flags)
     text = "only these decoder layers, as 0:4, to try a part of a large model; by default all"
     absl_flags.DEFINE_string("layers", None, text, flag_values=flags)
+    define_allow_unknown(flags)
     define_processes(flags)
 
 

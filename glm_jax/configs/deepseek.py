@@ -1,4 +1,7 @@
-"""DeepSeek-V3 and R1 (arXiv 2412.19437, section 4.2, and the published config.json)."""
+"""DeepSeek-V3, R1 and V3.1 (arXiv 2412.19437, section 4.2, and the published config.json).
+
+V3.1 is V3 trained further, with the same shapes; its FP8 scales are powers of two, which its reader need not know.
+"""
 
 from __future__ import annotations
 
@@ -49,4 +52,10 @@ DEEPSEEK_V3 = ModelConfig(
     initializer_range=0.02,
 )
 
-PRESETS = {"deepseek-v3": DEEPSEEK_V3, "deepseek-v3-base": DEEPSEEK_V3, "deepseek-r1": DEEPSEEK_V3}
+PRESETS = {
+    "deepseek-v3": DEEPSEEK_V3,
+    "deepseek-v3-base": DEEPSEEK_V3,
+    "deepseek-v3.1": DEEPSEEK_V3,
+    "deepseek-v3.1-base": DEEPSEEK_V3,
+    "deepseek-r1": DEEPSEEK_V3,
+}

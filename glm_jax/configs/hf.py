@@ -1,18 +1,21 @@
 """Hugging Face's config.json <-> `ModelConfig`, by family.
 
 Both layouts are read: the rotary keys beside the others (as published), and nested in `rope_parameters` (as
-transformers 5 saves them). What is in no list of any family is an error (`hf_reader`).
+transformers 5 saves them). A key that is left out stands for transformers' default (`hf_defaults`). `hf_keys` lists the
+keys that are passed over; any other key is an error, unless the caller allows it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from glm_jax.configs import hf_gqa, hf_mla
+from glm_jax.configs.hf_nested import text_config
 from glm_jax.configs.hf_reader import MISSING, ConfigReader
 from glm_jax.configs.model_config import ModelConfig
 from glm_jax.errors import ConfigError
@@ -60,23 +63,46 @@ def write_config_json(directory: str | Path, content: Mapping[str, Any]) -> None
     (Path(directory) / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def from_hf(source: str | Path | Mapping[str, Any]) -> ModelConfig:
+@dataclasses.dataclass(frozen=True)
+class HfConfig:
+    """What a config.json says.
+
+    Attributes:
+        config: the architecture.
+        notes: a sentence for each kind of key that was passed over, or that was left out.
+    """
+
+    config: ModelConfig
+    notes: tuple[str, ...]
+
+
+def from_hf(source: str | Path | Mapping[str, Any], *, allow_unknown: Collection[str] = ()) -> ModelConfig:
     """Return the `ModelConfig` of a config.json, given as its directory or as its content.
 
-    `mtp_copies` is not in any config.json: it is empty here, and the checkpoint reader sets it from the tensors.
+    Of a multimodal model it is the language model's. `mtp_copies` is not in any config.json: it is empty here, and the
+    checkpoint reader sets it from the tensors.
+
+    Args:
+        source: the directory, or the content of the file.
+        allow_unknown: keys to pass over although they may change what the model computes.
 
     Raises:
-        ConfigError: the architecture is not supported, a key is missing, of the wrong type or unknown.
+        ConfigError: the architecture is not supported, or a key is of the wrong type or unknown.
     """
-    content = source if isinstance(source, Mapping) else read_config_json(source)
+    return read_hf(source, allow_unknown=allow_unknown).config
+
+
+def read_hf(source: str | Path | Mapping[str, Any], *, allow_unknown: Collection[str] = ()) -> HfConfig:
+    """As `from_hf`, with notes for the user."""
+    content = text_config(source if isinstance(source, Mapping) else read_config_json(source))
     model_type = content.get("model_type", MISSING)
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
         shown = "is missing" if model_type is MISSING else f"{model_type!r} is not supported"
         raise ConfigError(f"config.json: model_type {shown}; supported: {', '.join(_FAMILIES)}")
-    reader = ConfigReader(content)
+    reader = ConfigReader(content, allow_unknown)
     arguments = _FAMILIES[model_type].read(reader)
-    reader.finish()
-    return ModelConfig(**arguments)
+    notes = reader.finish()
+    return HfConfig(ModelConfig(**arguments), notes)
 
 
 def to_hf(config: ModelConfig, *, nested_rope: bool = False, dtype: str = "bfloat16") -> dict[str, Any]:

@@ -17,25 +17,28 @@ ARCHITECTURES = {
 }
 
 
+_LAYERS_BY_NAME = "glm4_moe_lite"
+
+
 def read(reader: ConfigReader) -> dict[str, Any]:
     """The arguments of `ModelConfig`."""
     dense_layers = _read_layer_types(reader)
-    # transformers' class that names the layers one by one does not know of the MTP layer.
-    shape = read_shape(reader, dense_layers=dense_layers, **({} if dense_layers is None else {"mtp_layers": 0}))
+    shape = read_shape(reader, dense_layers=dense_layers)
     num_heads = reader.take("num_attention_heads", int)
-    reader.require("num_key_value_heads", reader.take("num_key_value_heads", int, num_heads), num_heads)
-    reader.require("attention_bias", reader.take("attention_bias", bool, False), False)
+    kv_heads = reader.take("num_key_value_heads", int, None)
+    reader.require("num_key_value_heads", num_heads if kv_heads is None else kv_heads, num_heads)
+    reader.require("attention_bias", reader.take("attention_bias", bool), False)
     rotary_dim, nope_dim = reader.take("qk_rope_head_dim", int), reader.take("qk_nope_head_dim", int)
     # What transformers writes although it follows from the others.
     reader.require("head_dim", reader.take("head_dim", int, rotary_dim), rotary_dim)
     reader.require("qk_head_dim", reader.take("qk_head_dim", int, nope_dim + rotary_dim), nope_dim + rotary_dim)
-    interleaved = reader.take("rope_interleave", bool, True)
-    rope = read_rope(reader, head_dim=rotary_dim, interleaved=interleaved, partial=1.0)
+    interleaved = reader.take("rope_interleave", bool)
+    rope = read_rope(reader, head_dim=rotary_dim, interleaved=interleaved, kinds=("default", "yarn"))
     if rope.rotary_dim != rotary_dim:
-        reader.note("partial_rotary_factor is not 1.0, the only one supported beside qk_rope_head_dim")
+        reader.problem("partial_rotary_factor is not 1.0, the only one supported beside qk_rope_head_dim")
     attention = MlaConfig(
         num_heads=num_heads,
-        q_rank=reader.take("q_lora_rank", int, None),
+        q_rank=reader.take("q_lora_rank", int, nullable=True),
         kv_rank=reader.take("kv_lora_rank", int),
         nope_dim=nope_dim,
         value_dim=reader.take("v_head_dim", int),
@@ -72,12 +75,18 @@ def write(config: ModelConfig, *, nested_rope: bool, dtype: str) -> dict[str, An
 
 
 def _read_layer_types(reader: ConfigReader) -> int | None:
-    """The number of dense layers where they are named one by one; `first_k_dense_replace` may say the same."""
+    """The number of dense layers of `glm4_moe_lite`, whose layers are named one by one; None for other model types.
+
+    Without names the first layer is dense. transformers ignores `first_k_dense_replace` there: it must say the same.
+    """
     types = reader.take("mlp_layer_types", list, None)
-    if types is None:
+    if reader.model_type != _LAYERS_BY_NAME and types is None:
         return None
-    dense = len(types) - types.count("sparse")
-    if types != ["dense"] * dense + ["sparse"] * (len(types) - dense):
-        reader.note(f"mlp_layer_types is {types!r}; supported: 'dense' layers followed by 'sparse' ones")
+    num_layers = reader.peek("num_hidden_layers")
+    dense = 1 if types is None else types.count("dense")
+    if types is not None and types != ["dense"] * dense + ["sparse"] * (len(types) - dense):
+        reader.problem(f"mlp_layer_types is {types!r:.200}; supported: 'dense' layers followed by 'sparse' ones")
+    elif types is not None and len(types) != num_layers:
+        reader.problem(f"mlp_layer_types has {len(types)} layers but num_hidden_layers is {num_layers}")
     reader.require("first_k_dense_replace", reader.take("first_k_dense_replace", int, dense), dense)
     return dense

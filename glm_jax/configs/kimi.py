@@ -1,4 +1,9 @@
-"""Kimi K2 (arXiv 2507.20534 and the published config.json): DeepSeek-V3's architecture without groups and MTP."""
+"""Kimi K2 (arXiv 2507.20534 and the published config.json): DeepSeek-V3's architecture without groups and MTP.
+
+K2-Thinking has the shapes of the release of September 2025 (0905) and an epsilon of 1e-5; its experts are published in
+int4. Its config.json was not at hand: YaRN's `beta_fast`, which is 1 in 0905 and 32 in K2.5, is taken from 0905. A
+checkpoint is read by its own config.json, never by a preset.
+"""
 
 from __future__ import annotations
 
@@ -47,5 +52,11 @@ KIMI_K2 = ModelConfig(
     initializer_range=0.02,
 )
 KIMI_K2_0905 = dataclasses.replace(KIMI_K2, attention=_attention(64.0), max_positions=262_144)
+KIMI_K2_THINKING = dataclasses.replace(KIMI_K2_0905, norm_eps=1e-5)
 
-PRESETS = {"kimi-k2": KIMI_K2, "kimi-k2-base": KIMI_K2, "kimi-k2-0905": KIMI_K2_0905}
+PRESETS = {
+    "kimi-k2": KIMI_K2,
+    "kimi-k2-base": KIMI_K2,
+    "kimi-k2-0905": KIMI_K2_0905,
+    "kimi-k2-thinking": KIMI_K2_THINKING,
+}

@@ -81,6 +81,22 @@ def test_a_checkpoint_without_its_mtp_layer_is_converted_with_a_note(tmp_path):
     assert glm_jax.load(tmp_path / "orbax").mtp is None
 
 
+@pytest.mark.parametrize("model_type", ["glm4_moe", "deepseek_v3", "glm4_moe_lite"])
+def test_an_mtp_layer_that_the_config_does_not_name_is_there(tmp_path, model_type):
+    """The class of GLM-4.7-Flash in transformers has no key for it, and other tools lose the key."""
+    named = published.checkpoint(tmp_path / "named", model_type=model_type)
+    config = json.loads((named / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key != "num_nextn_predict_layers"}
+    if model_type != "glm4_moe_lite":
+        config["num_nextn_predict_layers"] = 0
+    source = published.write(tmp_path / "hf", config, published.read(named))
+    ours, theirs = glm_jax.load(source), glm_jax.load(named)
+    assert ours.config == theirs.config and ours.config.num_mtp_layers == 1
+    assert any("names no MTP layer but there are tensors model.layers.3.*" in note for note in ours.notes)
+    tokens = np.arange(8, dtype=np.int32)[None]
+    np.testing.assert_array_equal(ours(tokens, mtp=True).mtp_logits, theirs(tokens, mtp=True).mtp_logits)
+
+
 @pytest.mark.parametrize(
     "float32",
     [

@@ -38,7 +38,7 @@ def test_every_tensor_is_used_or_known_junk_and_every_weight_is_filled(name):
     config, tensors = configs.get(name), listed(name)
     assert len(tensors) == ENTRIES[name]
     weights = {tensor for tensor in tensors if not tensor.endswith(SCALE)}
-    ignored = {tensor for tensor in weights if is_ignored(tensor, config)}
+    ignored = {tensor for tensor in weights if is_ignored(tensor)}
     assert weights - ignored == canonical_mappings(config).keys()
     assert len(ignored) == (61 if name == "kimi-k2" else 0)
 

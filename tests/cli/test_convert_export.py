@@ -84,12 +84,28 @@ DAMAGES = {
     "no such dtype": (last_header_with(b'"BF17"'), "dtype 'BF17' is none of"),
     "dtype that is no weight's": (last_header_with(b'"I16" '), "is I16, not BF16, F16, F32"),
     "index leaves the directory": (lambda d: name_outside(d / INDEX_NAME), "a plain file name under the directory"),
-    "missing key": (config_with(n_routed_experts=None), "config.json: n_routed_experts is missing"),
-    "unknown key": (config_with(sliding_window=4096), "config.json: unknown keys: sliding_window"),
+    "missing key": (config_with(n_routed_experts=None), "n_routed_experts=128"),
+    "unknown key": (config_with(logit_scale=2.0), "may change what the model computes: logit_scale (--allow_unknown"),
+    "sliding window": (config_with(sliding_window=4096), "which means attention to the last tokens only"),
     "architecture": (config_with(model_type="llama"), "model_type 'llama' is not supported"),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json does not exist"),
     "config is no JSON": (lambda d: (d / "config.json").write_text("{"), "JSON"),
 }
+
+
+def test_an_unknown_key_passes_where_it_is_allowed(call, source, tmp_path):
+    edit_json(source / "config.json", logit_scale=2.0, residual_scale=0.5)
+    target, allow = tmp_path / "out", "--allow_unknown=logit_scale,residual_scale"
+    said = "config.json: passed over as allowed, though they may change what the model computes: logit_scale (2.0)"
+    assert "residual_scale (" in call("convert", f"--source={source}", f"--target={target}", "--dry_run", "--json").out
+    notes = call("convert", f"--source={source}", f"--target={target}", "--verify", "--json", allow).json["notes"]
+    assert any(note.startswith(said) for note in notes)
+    assert call("convert", f"--source={source}", f"--target={target}", "--verify", "--json", allow).json["ok"]
+    assert said in call("inspect", f"--model={source}", allow).err
+    assert said in call("plan", f"--model={source}", "--device=h100", "--count=1", allow).err
+    loading = ["generate", f"--model={source}", "--tokens=5", "--max_new_tokens=1", "--ignore_eos", "--mesh=data=1"]
+    assert said in call(*loading, allow).err
+    assert "logit_scale, residual_scale" in call(*loading).complaint
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

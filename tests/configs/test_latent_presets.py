@@ -21,7 +21,7 @@ TOTALS = {
 # value an expert and layer.
 ACTIVE = {"deepseek-v3": 37_552_297_472 - 58 * 256, "kimi-k2": 32_861_500_928 - 60 * 384}
 SAME = {
-    "deepseek-v3": ("deepseek-v3-base", "deepseek-r1"),
+    "deepseek-v3": ("deepseek-v3-base", "deepseek-v3.1", "deepseek-v3.1-base", "deepseek-r1"),
     "kimi-k2": ("kimi-k2-base",),
     "glm-4.6": ("glm-4.7",),
 }
@@ -84,6 +84,14 @@ FILES = {
         "max_position_embeddings": 262144,
         "rope_scaling": {**KIMI["rope_scaling"], "factor": 64},
     },
+}
+
+
+THINKING = {**FILES["kimi-k2-0905"], "rms_norm_eps": 1e-5}
+FILES |= {
+    # What config.json of V3.1 has beside V3's, and of K2-Thinking beside the 0905 release's.
+    "deepseek-v3.1": {**FILES["deepseek-v3"], "quantization_config": {"quant_method": "fp8", "scale_fmt": "ue8m0"}},
+    "kimi-k2-thinking": {**THINKING, "quantization_config": {"quant_method": "compressed-tensors"}},
 }
 
 
