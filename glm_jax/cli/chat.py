@@ -153,6 +153,8 @@ def _shown(events: Iterator[ChatEvent]) -> Iterator[ChatEvent]:
             print(f"{event.name}({arguments})", flush=True)
         if isinstance(event, Finished) and event.finish_reason == "length":
             printing.notice(f"(cut off after {event.usage.completion_tokens} tokens)")
+        for note in event.notes if isinstance(event, Finished) else ():
+            printing.notice(f"({note})")
         yield event
 
 

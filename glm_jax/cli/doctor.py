@@ -30,6 +30,8 @@ PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
 PREFILL_TOKENS = 4096
 PLATFORMS = ("cpu", "gpu", "tpu")
 OK, WARNING, ERROR = "ok", "warning", "error"
+# A tool that a chat template must not leave out.
+PROBE = {"type": "function", "function": {"name": "probe", "parameters": {"type": "object", "properties": {}}}}
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
@@ -152,8 +154,13 @@ def check_checkpoint(
 
     def template() -> tuple[str, str]:
         loaded = ChatTemplate.load(files)
-        loaded.render([{"role": "user", "content": "hello"}])
-        return OK, "renders"
+        question = [{"role": "user", "content": "hello"}]
+        loaded.render(question)
+        try:
+            loaded.render(question, tools=[PROBE])
+        except Error as error:
+            return WARNING, f"renders, but not with tools ({error})"
+        return OK, "renders" if loaded.declares_tools else "renders; requests with tools take the package's template"
 
     def stop_tokens() -> tuple[str, str]:
         found = GenerationDefaults.load(files).stop_ids

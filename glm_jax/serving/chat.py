@@ -20,10 +20,12 @@ from glm_jax.text import (
     ContentDelta,
     Event,
     MalformedToolCall,
+    Prompt,
     ReasoningDelta,
     StreamDecoder,
     StreamParser,
     ToolCall,
+    encode_chat,
 )
 
 MAX_NEW_TOKENS = 4096  # where the caller names no number; the cache is made for it
@@ -39,10 +41,12 @@ class Finished:
         finish_reason: `stop`, `length` (cut off by the number of tokens), or `tool_calls` (stopped after at least one
             complete call).
         usage: what the answer took.
+        notes: what was asked for and could not be done, such as a switch that the template does not have.
     """
 
     finish_reason: str
     usage: Usage
+    notes: tuple[str, ...] = ()
 
 
 ChatEvent = Event | Finished
@@ -58,6 +62,7 @@ class Reply:
         tool_calls: the complete calls, in order.
         finish_reason: see `Finished`.
         usage: what the answer took.
+        notes: see `Finished`.
     """
 
     reasoning: str
@@ -65,6 +70,7 @@ class Reply:
     tool_calls: tuple[ToolCall, ...]
     finish_reason: str
     usage: Usage
+    notes: tuple[str, ...] = ()
 
     @property
     def message(self) -> dict[str, Any]:
@@ -91,6 +97,7 @@ class Reply:
             "tool_calls": [_call_to_json(call) for call in self.tool_calls],
             "finish_reason": self.finish_reason,
             "usage": self.usage.to_json(),
+            **({"notes": list(self.notes)} if self.notes else {}),
         }
 
 
@@ -123,6 +130,8 @@ class Chat:
         top_p: float | None = None,
         seed: int = 0,
         speculative: int = 0,
+        template_variables: Mapping[str, Any] | None = None,
+        sanitize_control_tokens: bool = True,
     ) -> Iterator[ChatEvent]:
         """Yield the events of the answer as they come, `Finished` the last.
 
@@ -136,6 +145,9 @@ class Chat:
             top_p: likewise, or else 1.
             seed: of the random choices.
             speculative: tokens to draft with the MTP layer for each pass of the model; needs temperature 0.
+            template_variables: further switches of the template (`clear_thinking`, `reasoning_effort`). What the
+                template does not read is named in the notes of the answer.
+            sanitize_control_tokens: False lets control tokens in the text of messages be control tokens.
 
         Raises:
             TextError: messages or tools of the wrong form, or refused by the template. At once, like all errors here.
@@ -143,10 +155,17 @@ class Chat:
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        text = self.text.template.render(messages, tools=tools, enable_thinking=thinking)
-        prompt = self.text.tokenizer.encode(text)
+        prompt = encode_chat(
+            self.text.template,
+            self.text.tokenizer,
+            messages,
+            tools=tools,
+            enable_thinking=thinking,
+            sanitize_control_tokens=sanitize_control_tokens,
+            variables=template_variables,
+        )
         if max_new_tokens is None:
-            max_new_tokens = max(1, min(MAX_NEW_TOKENS, self.model.config.max_positions - len(prompt)))
+            max_new_tokens = max(1, min(MAX_NEW_TOKENS, self.model.config.max_positions - len(prompt.token_ids)))
         sampling = Sampling(
             max_new_tokens=max_new_tokens,
             temperature=_first(temperature, self.text.defaults.temperature, 0.0),
@@ -156,19 +175,34 @@ class Chat:
             stop=self.text.defaults.stop_ids,
             speculative=speculative,
         )
-        # With thinking off the prompt ends after </think>, so that the answer begins at once. Other templates open the
-        # thoughts themselves. Only the prompt's end counts: a user may write these tags too.
-        answer_format = self.text.answer_format
-        opening = answer_format.think[0] if answer_format.think else None
-        in_thinking = opening is not None and text.rstrip().endswith(opening)
-        parser = StreamParser(in_thinking, bool(tools), tools=tools, answer_format=answer_format)
-        return self._events(self._generate(prompt, sampling), parser)
+        parser = self._parser(prompt, tools)
+        notes = self._notes(thinking, template_variables or {}, bool(tools))
+        return self._events(self._generate(prompt.token_ids, sampling), parser, notes)
+
+    def _parser(self, prompt: Prompt, tools: Sequence[Mapping[str, Any]] | None) -> StreamParser:
+        """The parser of the answer to a prompt.
+
+        With thinking off the prompt ends after `</think>`, so that the answer begins at once; other templates open the
+        thoughts themselves. Only the prompt's end counts, and only what the template wrote there.
+        """
+        form = self.text.answer_format
+        in_thinking = form.think is not None and prompt.ending.endswith(form.think[0])
+        return StreamParser(in_thinking, bool(tools), tools=tools, answer_format=form, first_call=prompt.calls)
+
+    def _notes(self, thinking: bool | None, variables: Mapping[str, Any], with_tools: bool) -> tuple[str, ...]:
+        """What was asked for that the template has no switch for."""
+        off = ["enable_thinking"] if thinking is False and self.text.answer_format.think else []
+        unread = self.text.template.unread([*off, *variables], with_tools=with_tools)
+        named = {"enable_thinking": "thinking off"}
+        return tuple(
+            f"the chat template has no switch for {named.get(name, name)}: it changes nothing" for name in unread
+        )
 
     def _generate(self, prompt: list[int], sampling: Sampling) -> Generation:
         """The one place where the model is asked."""
         return Generation(self.model, prompt, sampling)
 
-    def _events(self, generation: Generation, parser: StreamParser) -> Iterator[ChatEvent]:
+    def _events(self, generation: Generation, parser: StreamParser, notes: tuple[str, ...]) -> Iterator[ChatEvent]:
         decoder = StreamDecoder(self.text.tokenizer, skip_special=True, shown=self.text.answer_format.delimiters)
         calls = 0
         for text in self._texts(generation, decoder):
@@ -177,7 +211,7 @@ class Chat:
                 yield event
         yield from parser.finish()
         reason = "length" if not generation.stopped else "tool_calls" if calls else "stop"
-        yield Finished(reason, generation.usage)
+        yield Finished(reason, generation.usage, notes)
 
     def _texts(self, generation: Generation, decoder: StreamDecoder) -> Iterator[str]:
         """The text of each few new tokens, without the token that stops it."""
@@ -202,8 +236,8 @@ def collect(events: Iterator[ChatEvent]) -> Reply:
                 content.append(text)
             case ToolCall():
                 calls.append(event)
-            case Finished(reason, usage):
-                return Reply("".join(reasoning), "".join(content), tuple(calls), reason, usage)
+            case Finished(reason, usage, notes):
+                return Reply("".join(reasoning), "".join(content), tuple(calls), reason, usage, notes)
     raise ValueError("the events end without Finished")
 
 

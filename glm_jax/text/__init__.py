@@ -4,10 +4,12 @@ Imports no jax, so that a server's front end or a data worker can use it alone.
 """
 
 from glm_jax.text.answer_format import AnswerFormat
-from glm_jax.text.chat_template import ChatTemplate, normalize_messages
+from glm_jax.text.chat_template import ChatTemplate
 from glm_jax.text.events import ContentDelta, Event, MalformedToolCall, ReasoningDelta, ToolCall
 from glm_jax.text.families import Family, family_of
 from glm_jax.text.generation_config import GenerationDefaults
+from glm_jax.text.messages import normalize_messages
+from glm_jax.text.prompt import Prompt, encode_chat
 from glm_jax.text.stream_decoder import StreamDecoder
 from glm_jax.text.stream_parser import StreamParser
 from glm_jax.text.tiktoken_tokenizer import TiktokenTokenizer
@@ -23,6 +25,7 @@ __all__ = [
     "GenerationDefaults",
     "JsonTokenizer",
     "MalformedToolCall",
+    "Prompt",
     "ReasoningDelta",
     "SentencePieceTokenizer",
     "StreamDecoder",
@@ -31,6 +34,7 @@ __all__ = [
     "Tokenizer",
     "ToolCall",
     "beginning_ids",
+    "encode_chat",
     "family_of",
     "load_tokenizer",
     "normalize_messages",

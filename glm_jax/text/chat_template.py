@@ -1,30 +1,75 @@
 """A checkpoint's chat template: messages, tools and flags in, the exact prompt text out.
 
-The Jinja template is rendered the way its authors tested it: in a sandbox, with trimmed blocks, `break`/`continue`, and
-the helpers that Hugging Face templates expect. Messages of the OpenAI form are put in order once, here, so that no
-caller needs to know the traps (content that is None, tool arguments as a JSON string). Turning text into ids is the
-tokenizer's business. A template that runs for ever is not guarded against.
+The Jinja template is rendered the way its authors tested it, in the environment of `template_environment`. Messages of
+the OpenAI form are put in order once, by `messages`; what templates disagree on is decided by what each does with it
+(`template_values`). Turning text into ids is the business of `prompt`. A template that runs for ever is not guarded
+against.
 """
 
 from __future__ import annotations
 
-import datetime
-import json
+import dataclasses
+import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+import jinja2.meta
+from jinja2.sandbox import SecurityError
 
 from glm_jax.errors import TextError
+from glm_jax.text.call_ids import with_canonical_ids
+from glm_jax.text.control_tokens import Guard, unused_characters
 from glm_jax.text.families import Family, family_of
 from glm_jax.text.json_file import read_json_object_if_present, read_text
+from glm_jax.text.messages import check_tools, normalize_messages
+from glm_jax.text.template_environment import (
+    GENERATION_BRACKETS,
+    Refused,
+    literal_text,
+    make_environment,
+    template_line,
+)
+from glm_jax.text.template_values import for_template
 
-# The names under which clients send an assistant's thoughts back, the best known first.
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 SPECIAL_TOKEN_VARIABLES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+KIMI_CALL = "<|tool_call_begin|>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """What a template renders, in the one form that all templates take.
+
+    Attributes:
+        messages: see `normalize_messages`.
+        tools: the declared ones; None without any.
+        variables: everything else that the template sees.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None
+    variables: Mapping[str, Any]
+
+    def guarded(self, guard: Guard) -> Conversation:
+        """The same with texts that can become no control token."""
+        kept = {name: value for name, value in self.variables.items() if name in SPECIAL_TOKEN_VARIABLES}
+        messages = [guard.guard_message(message) for message in self.messages]
+        return Conversation(messages, guard.guard(self.tools), {**guard.guard(self.variables), **kept})
+
+
+@dataclasses.dataclass(frozen=True)
+class Rendered:
+    """A rendered conversation.
+
+    Attributes:
+        text: the prompt.
+        generation: where in the text stands what the assistant writes, by the template's `{% generation %}` blocks.
+    """
+
+    text: str
+    generation: tuple[tuple[int, int], ...] = ()
 
 
 class ChatTemplate:
@@ -34,6 +79,8 @@ class ChatTemplate:
         source: the Jinja text, or name -> text: "default", and "tool_use" for requests with tools.
         origin: what errors call it, normally the file.
         variables: what every rendering sees beside the messages (`bos_token` and the like).
+        family: what the checkpoint's files leave unsaid: a template that declares tools, where this one leaves them
+            out, and whether calls need ids of a form of their own. Asked only where it matters.
 
     Raises:
         TextError: a syntax error, with origin and line.
@@ -45,12 +92,19 @@ class ChatTemplate:
         *,
         origin: str = "chat template",
         variables: Mapping[str, Any] | None = None,
+        family: Callable[[], Family] | None = None,
     ):
         self.origin = origin
         self._variables = dict(variables or {})
+        self._family = family
         sources = {"default": source} if isinstance(source, str) else dict(source)
-        environment = _environment()
+        environment = make_environment()
         self._templates = {name: self._compile(environment, text) for name, text in sources.items()}
+        trees = {name: environment.parse(text) for name, text in sources.items()}
+        self._reads = {name: frozenset(jinja2.meta.find_undeclared_variables(tree)) for name, tree in trees.items()}
+        literals = [literal_text(environment, text) for text in sources.values()]
+        given = [value for value in self._variables.values() if isinstance(value, str)]
+        self.own_text = "\0".join([*literals, *given])
 
     def _compile(self, environment: jinja2.Environment, text: str) -> jinja2.Template:
         try:
@@ -84,19 +138,26 @@ class ChatTemplate:
             if isinstance(token, str):
                 variables[name] = token
         path = directory / "chat_template.jinja"
+        known = functools.cache(lambda: family_of(directory) if family is None else family)
         if path.exists():
-            return cls(read_text(path), origin=str(path), variables=variables)
+            return cls(read_text(path), origin=str(path), variables=variables, family=known)
         if config.get("chat_template") is not None:
             source = _named_templates(config["chat_template"], config_path)
-            return cls(source, origin=f"{config_path} (chat_template)", variables=variables)
+            return cls(source, origin=f"{config_path} (chat_template)", variables=variables, family=known)
         family = family_of(directory) if family is None else family
         if family.template is None:
             raise TextError(
                 f"{directory}: has no chat template; looked for chat_template.jinja and the key chat_template of "
                 "tokenizer_config.json"
             )
-        variables |= family.template_variables
-        return cls(read_text(family.template), origin=family.template.name, variables=variables)
+        return cls._of_family(family, variables)
+
+    @classmethod
+    def _of_family(cls, family: Family, variables: Mapping[str, Any]) -> ChatTemplate:
+        """The package's own template for a family that has one."""
+        assert family.template is not None
+        given = {**variables, **family.template_variables}
+        return cls(read_text(family.template), origin=family.template.name, variables=given, family=lambda: family)
 
     def render(
         self,
@@ -117,143 +178,151 @@ class ChatTemplate:
             enable_thinking: False asks for an answer without thoughts; None leaves it to the template, which for GLM
                 means thinking. Templates see it as `enable_thinking` (GLM) and as `thinking` (DeepSeek, Kimi).
             add_generation_prompt: end with the opening of an assistant's turn.
-            **variables: further variables of the template.
+            **variables: further variables of the template (`clear_thinking`, `reasoning_effort`).
 
         Raises:
-            TextError: messages or tools of the wrong form, or a template that refuses them or fails.
+            TextError: messages or tools of the wrong form, a template that refuses them, fails, or leaves the tools
+                out.
         """
-        ordered = normalize_messages(messages)
-        listed = _checked_tools(tools)
-        template = self._select(with_tools=listed is not None)
         if enable_thinking is not None:
-            variables = {"thinking": enable_thinking, **variables, "enable_thinking": enable_thinking}
+            variables = {"enable_thinking": enable_thinking, **variables}
+        conversation = self.prepare(messages, tools, {**variables, "add_generation_prompt": add_generation_prompt})
+        return self.render_prepared(conversation).text
+
+    def prepare(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any],
+    ) -> Conversation:
+        """Returns a conversation in the form that `render_prepared` takes; see `render`."""
+        ordered = normalize_messages(messages)
+        if self._wants_canonical_ids(ordered):
+            ordered = with_canonical_ids(ordered)
+        given = dict(variables)
+        if given.get("enable_thinking") is not None:
+            given.setdefault("thinking", given["enable_thinking"])
+        return Conversation(ordered, check_tools(tools), given)
+
+    def render_prepared(self, conversation: Conversation) -> Rendered:
+        """Returns the prompt of a prepared conversation; see `render`."""
+        if conversation.tools is None:
+            return self._render(conversation, self._select(with_tools=False))
+        name = self._select(with_tools=True)
+        rendered = self._render(conversation, name)
+        if not self._leaves_out_tools(conversation, name, rendered):
+            return rendered
+        other = self._family().template if self._family is not None else None
+        if other is None:
+            raise TextError(
+                f"{self.origin}: leaves out the tools; describe them in a system message, or use a template with tools"
+            )
+        assert self._family is not None
+        return self._of_family(self._family(), self._variables).render_prepared(conversation)
+
+    def _leaves_out_tools(self, conversation: Conversation, name: str, rendered: Rendered) -> bool:
+        """Whether the prompt is what it would be without tools. A template of their own is taken to declare them."""
+        if name != "default":
+            return False
+        if "tools" not in self._reads[name] and not self._reads[name] & {"tools_ts_str"}:
+            return True
+        try:
+            return self._render(dataclasses.replace(conversation, tools=None), name) == rendered
+        except TextError:
+            return False  # without tools the template fails, so it does something with them
+
+    @property
+    def declares_tools(self) -> bool:
+        """Whether the template itself puts tools into a prompt, as far as its text says."""
+        name = self._select(with_tools=True)
+        return name != "default" or "tools" in self._reads[name]
+
+    def unread(self, names: Sequence[str], *, with_tools: bool = False) -> tuple[str, ...]:
+        """Returns those of some variables that the template does not read, so that they change nothing.
+
+        `enable_thinking` and `thinking` are one switch.
+        """
+        reads = self._reads[self._select(with_tools=with_tools)]
+        switch = {"enable_thinking", "thinking"}
+        known = reads | (switch if reads & switch else frozenset())
+        return tuple(name for name in names if name not in known)
+
+    def _wants_canonical_ids(self, messages: Sequence[Mapping[str, Any]]) -> bool:
+        if not any(message.get("tool_calls") or message["role"] == "tool" for message in messages):
+            return False
+        return KIMI_CALL in self.own_text or (self._family is not None and self._family().canonical_call_ids)
+
+    def _render(self, conversation: Conversation, name: str) -> Rendered:
+        """Renders with arguments that are object and text in one; where the template fails on them, with their text."""
+        try:
+            return self._render_once(conversation, name)
+        except _Failed as failure:
+            if any(message.get("tool_calls") for message in conversation.messages):
+                try:
+                    return self._render_once(conversation, name, arguments_as_text=True)
+                except _Failed:
+                    pass
+            raise TextError(str(failure)) from failure.__cause__
+
+    def _render_once(self, conversation: Conversation, name: str, *, arguments_as_text: bool = False) -> Rendered:
+        messages = [
+            for_template(message, f"messages[{i}]", arguments_as_text=arguments_as_text)
+            for i, message in enumerate(conversation.messages)
+        ]
         visible = {
             "documents": None,
             **self._variables,
-            **variables,
-            "messages": ordered,
-            "tools": listed,
-            "add_generation_prompt": add_generation_prompt,
+            **conversation.variables,
+            "messages": messages,
+            "tools": conversation.tools,
         }
+        before, after = unused_characters([visible, self.own_text], 2)
+        token = GENERATION_BRACKETS.set((before, after))
         try:
-            return template.render(visible)
+            return _without_brackets(self._templates[name].render(visible), before, after)
+        except TextError as error:
+            raise TextError(f"{self.origin}: {error}") from error
         except SecurityError as error:
             raise TextError(f"{self.origin}: does what a template may not ({error})") from error
-        except _Refused as error:
+        except Refused as error:
             raise TextError(f"{self.origin}: refuses these messages: {error}") from error
         except Exception as error:  # whatever a template's expression can raise
-            line = _template_line(error)
-            raise TextError(f"{self.origin}{line}: fails on these messages: {_first_line(error)}") from error
+            line = template_line(error)
+            raise _Failed(f"{self.origin}{line}: fails on these messages: {_first_line(error)}") from error
+        finally:
+            GENERATION_BRACKETS.reset(token)
 
-    def _select(self, *, with_tools: bool) -> jinja2.Template:
+    def _select(self, *, with_tools: bool) -> str:
         if with_tools and "tool_use" in self._templates:
-            return self._templates["tool_use"]
+            return "tool_use"
         if "default" not in self._templates:
             names = ", ".join(sorted(self._templates)) or "none"
             raise TextError(f'{self.origin}: has no template named "default" (it has: {names})')
-        return self._templates["default"]
+        return "default"
 
 
-def normalize_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns copies of OpenAI-form messages as templates want them.
-
-    Keys that are None and empty tool_calls are dropped. Content that is missing becomes "", except beside tool calls:
-    there it is None, which some templates test for, and which prints as nothing. Thoughts under another name also stand
-    under reasoning_content. Tool arguments given as a JSON string become an object.
-
-    Raises:
-        TextError: not a list of dicts, a role that is missing, arguments that are not a JSON object.
-    """
-    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
-        raise TextError(f'messages must be a list of {{"role": ..., "content": ...}}, not {_kind(messages)}')
-    return [_normalize_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+class _Failed(Exception):
+    """A template's expression failed."""
 
 
-def _normalize_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
-    if not isinstance(message, Mapping):
-        raise TextError(f'{where} must be a dict with "role" and "content", not {_kind(message)}')
-    result = {key: value for key, value in message.items() if value is not None}
-    if not isinstance(result.get("role"), str):
-        raise TextError(f'{where} has no "role"; it is "system", "user", "assistant" or "tool"')
-    thoughts = next((result[key] for key in REASONING_KEYS if key in result), None)
-    if thoughts is not None:
-        result["reasoning_content"] = thoughts
-    calls = result.pop("tool_calls", None)
-    if calls:
-        if isinstance(calls, str | Mapping) or not isinstance(calls, Sequence):
-            raise TextError(f"{where}.tool_calls must be a list, not {_kind(calls)}")
-        result["tool_calls"] = [_normalize_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)]
-    result.setdefault("content", None if calls else "")
-    return result
-
-
-def _normalize_call(call: Any, where: str) -> dict[str, Any]:
-    """A copy of one tool call, its arguments an object, whether or not they stand in a "function" object."""
-    if not isinstance(call, Mapping):
-        raise TextError(f"{where} must be a dict, not {_kind(call)}")
-    if "function" in call:
-        return {**call, "function": _normalize_call(call["function"], f"{where}.function")}
-    if not isinstance(call.get("name"), str):
-        raise TextError(f'{where} has no "name"')
-    arguments = call.get("arguments")
-    if isinstance(arguments, str) and arguments.strip():
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError) as error:
-            raise TextError(f"{where}.arguments is not a JSON object: {error}") from error
-    elif arguments is None or isinstance(arguments, str):
-        arguments = {}
-    if not isinstance(arguments, Mapping):
-        raise TextError(f"{where}.arguments must be a JSON object, not {_kind(arguments)}")
-    return {**call, "arguments": dict(arguments)}
-
-
-def _checked_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[Any] | None:
-    if tools is None:
-        return None
-    if isinstance(tools, str | bytes | Mapping) or not isinstance(tools, Sequence):
-        raise TextError(f"tools must be a list, not {_kind(tools)}")
-    for i, tool in enumerate(tools):
-        if not isinstance(tool, Mapping):
-            raise TextError(f'tools[{i}] must be {{"type": "function", "function": {{...}}}}, not {_kind(tool)}')
-    return list(tools) or None
-
-
-class _Refused(jinja2.TemplateError):
-    """What a template's own raise_exception raises."""
-
-
-def _environment() -> jinja2.Environment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=["jinja2.ext.loopcontrols"],
-        finalize=lambda value: "" if value is None else value,
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    *,
-    sort_keys: bool = False,
-) -> str:
-    """JSON as the models were trained on it: not escaped for HTML, other scripts as they are."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise _Refused(str(message))
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
+def _without_brackets(text: str, before: str, after: str) -> Rendered:
+    """Takes the characters around `{% generation %}` blocks out and says where they stood."""
+    if before not in text:
+        return Rendered(text)
+    parts: list[str] = []
+    spans: list[tuple[int, int]] = []
+    starts: list[int] = []
+    size = 0
+    for i, piece in enumerate(text.replace(after, before + after).split(before)):
+        closes = piece.startswith(after)
+        piece = piece.removeprefix(after)
+        if closes and starts:
+            spans.append((starts.pop(), size))
+        elif i:
+            starts.append(size)
+        parts.append(piece)
+        size += len(piece)
+    return Rendered("".join(parts), tuple(sorted(spans)))
 
 
 def _named_templates(value: Any, path: Path) -> str | dict[str, str]:
@@ -268,20 +337,5 @@ def _named_templates(value: Any, path: Path) -> str | dict[str, str]:
     return named
 
 
-def _template_line(error: BaseException) -> str:
-    """The place in the template, as ", line N", from the traceback that Jinja rewrites to its lines."""
-    line = ""
-    trace = error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == "<template>":
-            line = f", line {trace.tb_lineno}"
-        trace = trace.tb_next
-    return line
-
-
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _kind(value: Any) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"

@@ -36,12 +36,14 @@ class Family:
         template: the chat template for checkpoints that bring none; None if there is none.
         template_variables: what that template is given.
         end_tokens: tokens that end an answer, beside the ids that the checkpoint's files name.
+        canonical_call_ids: whether the model expects the ids of calls in its own form (see `call_ids`).
     """
 
     answer_format: AnswerFormat
     template: Path | None = None
     template_variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     end_tokens: tuple[str, ...] = ()
+    canonical_call_ids: bool = False
 
 
 GLM_FAMILY = Family(GLM)
@@ -55,6 +57,7 @@ def _kimi_k2(has: Has) -> Family:
         TEMPLATES / "kimi_k2.jinja",
         {"has_thoughts": thinks},
         ("[EOS]", "<|im_end|>"),
+        canonical_call_ids=True,
     )
 
 

@@ -24,7 +24,7 @@ import tokenizers
 from glm_jax.errors import TextError
 from glm_jax.text.byte_pairs import merge_piece, read_ranks
 from glm_jax.text.json_file import read_json_object_if_present
-from glm_jax.text.tokenizer_protocol import encodable, known_ids, read_added_tokens
+from glm_jax.text.tokenizer_protocol import between, encodable, known_ids, read_added_tokens
 
 RESERVED = 256
 STRETCH = 400_000
@@ -127,6 +127,11 @@ class TiktokenTokenizer:
         """The special tokens flagged as such, and the reserved ones without a name."""
         return self._special_ids
 
+    @property
+    def added_tokens(self) -> Mapping[str, int]:
+        """The special tokens."""
+        return self._special
+
     def encode(self, text: str) -> list[int]:
         """See Tokenizer.encode; TextError for text that has no UTF-8 form."""
         ids: list[int] = []
@@ -137,6 +142,15 @@ class TiktokenTokenizer:
                 ids.append(self._special[match.group()])
                 end = match.end()
             self._encode_plain(stretch[end:], ids)
+        return ids
+
+    def encode_guarded(self, text: str, control: Mapping[str, int], spans: Sequence[tuple[int, int]]) -> list[int]:
+        """See Tokenizer.encode_guarded; special tokens that are not control tokens are plain text too."""
+        ids: list[int] = []
+        for plain, token in between(encodable(text), spans):
+            for stretch in _stretches(plain):
+                self._encode_plain(stretch, ids)
+            ids += [control[token]] if token else []
         return ids
 
     def _encode_plain(self, text: str, ids: list[int]) -> None:

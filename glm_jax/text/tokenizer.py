@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import sentencepiece
 import tokenizers
 
 from glm_jax.errors import TextError
+from glm_jax.text.guarded_backend import GuardedBackend
 from glm_jax.text.json_file import read_json_object, read_json_object_if_present
 from glm_jax.text.tiktoken_tokenizer import TiktokenTokenizer
-from glm_jax.text.tokenizer_protocol import Tokenizer, encodable, is_id, known_ids, read_added_tokens
+from glm_jax.text.tokenizer_protocol import Tokenizer, between, encodable, is_id, known_ids, read_added_tokens
 
 
 class JsonTokenizer:
@@ -39,6 +40,8 @@ class JsonTokenizer:
             i for i, token in self._backend.get_added_tokens_decoder().items() if token.special
         )
         self._vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self._added = {token.content: i for i, token in self._backend.get_added_tokens_decoder().items()}
+        self._guarded: GuardedBackend | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -53,6 +56,17 @@ class JsonTokenizer:
     def encode(self, text: str) -> list[int]:
         """See Tokenizer.encode; TextError for text that has no UTF-8 form."""
         return list(self._backend.encode(encodable(text), add_special_tokens=False).ids)
+
+    @property
+    def added_tokens(self) -> Mapping[str, int]:
+        """The added tokens."""
+        return self._added
+
+    def encode_guarded(self, text: str, control: Mapping[str, int], spans: Sequence[tuple[int, int]]) -> list[int]:
+        """See Tokenizer.encode_guarded."""
+        if self._guarded is None or self._guarded.control != control:
+            self._guarded = GuardedBackend(self._backend, control)
+        return self._guarded.encode(encodable(text), spans)
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """See Tokenizer.decode."""
@@ -138,6 +152,38 @@ class SentencePieceTokenizer:
         if end < len(text):
             ids += self._model.encode(text[end:])
         return ids
+
+    @property
+    def added_tokens(self) -> Mapping[str, int]:
+        """The added tokens and the model's control pieces."""
+        return self._added
+
+    def encode_guarded(self, text: str, control: Mapping[str, int], spans: Sequence[tuple[int, int]]) -> list[int]:
+        """See Tokenizer.encode_guarded."""
+        others = sorted((token for token in self._added if token not in control), key=len, reverse=True)
+        split = re.compile("|".join(map(re.escape, others)) or "(?!)")
+        ids: list[int] = []
+        for plain, token in between(encodable(text), spans):
+            end = 0
+            for match in split.finditer(plain):
+                ids += [*self._encode_plain(plain[end : match.start()], control), self._added[match.group()]]
+                end = match.end()
+            ids += self._encode_plain(plain[end:], control)
+            ids += [control[token]] if token else []
+        return ids
+
+    def _encode_plain(self, text: str, control: Mapping[str, int]) -> list[int]:
+        """The ids of text without added tokens; a piece of the model that is a control token is cut in two."""
+        ids: list[int] = self._model.encode(text) if text else []
+        token = next((token for token, i in control.items() if i in ids), None)
+        if token is None:
+            return ids
+        cut = text.find(token) + 1
+        if not 0 < cut < len(text):
+            raise TextError(
+                f"{self.path}: makes {token!r} of plain text, so that it cannot be told from a control token"
+            )
+        return [*self._encode_plain(text[:cut], control), *self._encode_plain(text[cut:], control)]
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """See Tokenizer.decode."""

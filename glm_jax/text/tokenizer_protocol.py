@@ -8,7 +8,7 @@ survive `skip_special=True`. Padding, truncation and batches are left out: the c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,8 +26,24 @@ class Tokenizer(Protocol):
     def special_ids(self) -> frozenset[int]:
         """The ids of the tokens that their files flag as special; `decode(skip_special=True)` drops exactly these."""
 
+    @property
+    def added_tokens(self) -> Mapping[str, int]:
+        """Text -> id of the tokens that `encode` finds in a text before it splits what is between them."""
+
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, in which added tokens are recognised; nothing is put before or after it."""
+
+    def encode_guarded(self, text: str, control: Mapping[str, int], spans: Sequence[tuple[int, int]]) -> list[int]:
+        """The ids of `text`, in which the control tokens, some of the added ones, are recognised at `spans` alone.
+
+        Args:
+            text: to encode.
+            control: text -> id.
+            spans: begin and end of control tokens, in order.
+
+        Raises:
+            TextError: the text has no UTF-8 form, or the tokenizer makes a control token of plain characters.
+        """
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """The text of `ids`; an id without a token is passed over, bytes that are not UTF-8 become U+FFFD."""
@@ -40,6 +56,15 @@ def known_ids(tokenizer: Tokenizer, ids: Sequence[int], skip_special: bool) -> l
     """The ids that can have a token, as Python integers, without the special ones if asked."""
     dropped = tokenizer.special_ids if skip_special else frozenset()
     return [int(i) for i in ids if 0 <= i < tokenizer.vocab_size and int(i) not in dropped]
+
+
+def between(text: str, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[str, str]]:
+    """Yields the text before each span and that of the span; after the last span the rest and ""."""
+    end = 0
+    for start, stop in spans:
+        yield text[end:start], text[start:stop]
+        end = stop
+    yield text[end:], ""
 
 
 def encodable(text: str) -> str:

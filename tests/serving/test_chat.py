@@ -55,10 +55,11 @@ class ScriptedChat(Chat):
     def __init__(self, text: str, end: str | None = "<|user|>", *, step: int = 3, **changes):
         super().__init__(Transformer(CONFIG), dataclasses.replace(TEXT, **changes))
         self.script, self.end, self.step = text, end, step
-        self.prompt = ""
+        self.prompt, self.token_ids = "", []
         self.sampling = Sampling(max_new_tokens=1)
 
     def _generate(self, prompt, sampling):
+        self.token_ids = prompt
         self.prompt, self.sampling = self.text.tokenizer.decode(prompt), sampling
         tokens = self.text.tokenizer.encode(self.script + (self.end or ""))
         return Scripted(tokens, stopped=self.end is not None, step=self.step)

@@ -190,8 +190,8 @@ def test_a_list_of_named_templates(tmp_path):
     template = ChatTemplate.load(tmp_path)
     assert template.render([USER]) == "plain"
     assert template.render([USER], tools=[WEATHER]) == "tools"
-    (tmp_path / "chat_template.jinja").write_text("file")
-    assert ChatTemplate.load(tmp_path).render([USER], tools=[WEATHER]) == "file"
+    (tmp_path / "chat_template.jinja").write_text("file {{ tools | length }}")
+    assert ChatTemplate.load(tmp_path).render([USER], tools=[WEATHER]) == "file 1"
     with pytest.raises(TextError, match=r'no template named "default" \(it has: other\)'):
         ChatTemplate({"other": "x"}).render([USER])
 
