@@ -35,6 +35,7 @@ RESTART = "restart"  # the state after a call's opening delimiter inside a call 
 SPACE = r"\s{0,8}"
 LINE_BREAK = r"(?:[\r\n]\s{0,8})?"
 NAME = r"(?:[\w/@][\w.:/@#+-]{0,63})?"
+KEY = r"[^<]{0,64}"
 REST_OF_NAME = r"[\w.:/@#+-]{0,64}"
 
 
@@ -53,7 +54,8 @@ class CallFormat:
             conversation, to the call; None if it is none.
         section: the delimiters around all calls of a turn, if there are such. A call without them counts too.
         head_prefix: what a head may begin with, beside a declared name, where a space stands before it.
-        key_ends: the delimiters of which one follows a key that stands in the head, its opening delimiter missing.
+        key_begin: the delimiter before a key, where calls have such; a head may end with it too, if a key follows.
+        key_ends: the delimiters of which one follows a key, also one in the head whose opening delimiter is missing.
         followed: delimiters inside a call that count only where one of these, or a new call, follows.
     """
 
@@ -63,6 +65,7 @@ class CallFormat:
     read: Callable[[str, Tools, int], ToolCall | None]
     section: tuple[str, str] | None = None
     head_prefix: str | None = None
+    key_begin: str | None = None
     key_ends: tuple[str, ...] = ()
     followed: Mapping[str, tuple[tuple[str, ...], ...]] = dataclasses.field(default_factory=dict)
 
@@ -73,13 +76,17 @@ class CallFormat:
             tools: the declared ones. A space between `begin` and an undeclared name makes `begin` text, so that
                 prose that mentions it is not held back.
         """
-        heads: list[tuple[str | list[str], ...]] = [(LINE_BREAK, NAME, SPACE, [*self.head_ends])]
+        names: list[tuple[str | list[str], ...]] = [(LINE_BREAK, NAME, SPACE)]
         if tools:
-            heads.append((SPACE, [*tools], SPACE, [*self.head_ends]))
-        for name, tool in tools.items() if self.key_ends else ():
-            heads += [(SPACE, [name], SPACE, [*tool.types], SPACE, [*self.key_ends])] if tool.types else []
+            names.append((SPACE, [*tools], SPACE))
         if self.head_prefix is not None:
-            heads.append((SPACE, [self.head_prefix], REST_OF_NAME, SPACE, [*self.head_ends]))
+            names.append((SPACE, [self.head_prefix], REST_OF_NAME, SPACE))
+        heads = [(*name, [*self.head_ends]) for name in names]
+        if self.key_begin is not None:
+            key = ([self.key_begin], KEY, [self.begin, self.key_begin, *self.key_ends, *self.head_ends])
+            heads += [(*name, *key) for name in names]
+            for declared, tool in tools.items():
+                heads += [(SPACE, [declared], SPACE, [*tool.types], SPACE, [*self.key_ends])] if tool.types else []
         calls: list[tuple[str | list[str], ...]] = [([self.begin], *head) for head in heads]
         found = {self.begin: Lookahead.of(*heads)}
         if self.section is not None:
@@ -121,7 +128,8 @@ GLM = AnswerFormat(
     THINK,
     CallFormat(
         begin=_BEGIN,
-        head_ends=("<arg_key>", "</arg_key>", "<arg_value>", _END),
+        head_ends=("</arg_key>", "<arg_value>", _END),
+        key_begin="<arg_key>",
         key_ends=("</arg_key>", "<arg_value>"),
         states={
             "head": {"<arg_key>": "key", "</arg_key>": "after key", "<arg_value>": "value", _END: END},

@@ -92,7 +92,7 @@ def _read_value(body: str, at: int, known: Any) -> tuple[str, int] | None:
     text = body[start:end]
     if opening is None:
         text = text.strip().removeprefix("</arg_key>").strip()
-        return (text, after) if text and "<arg_key>" not in text else None
+        return (text, after) if text and not _TAG.search(text) else None
     if _VALUE_END not in text and text.lstrip().startswith("<arg_value>"):  # the opening tag was written twice
         text = text.lstrip().removeprefix("<arg_value>")
     return text, after

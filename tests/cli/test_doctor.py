@@ -106,3 +106,12 @@ def test_a_checkpoint_that_does_not_open_is_not_compared(call, hf, tmp_path):
     said = call("doctor", f"--model={tmp_path / 'nothing'}", f"--compare={hf}", "--json")
     assert said.status == 1
     assert json.loads(said.out)["comparison"] is None
+
+
+def test_a_template_that_leaves_out_tools_is_told(call, tmp_path):
+    directory = write_checkpoint(tmp_path / "hf")
+    (directory / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    report = call("doctor", f"--model={directory}", "--json").json
+    assert statuses(report)["chat template"] == "warning"
+    (detail,) = (check["detail"] for check in report["checks"] if check["check"] == "chat template")
+    assert "renders, but not with tools" in detail and "leaves out the tools" in detail

@@ -68,7 +68,8 @@ def test_tags_that_are_stray_doubled_or_missing(inside):
         "list_dir</arg_key>",
         "list_dir<arg_value>/tmp/x</arg_value>",  # of which parameter?
         "list_dir<arg_key></arg_key><arg_value>/tmp/x</arg_value>",
-        "list_dir<arg_key>pa<th</arg_key><arg_value>/tmp/x</arg_value>",
+        "list_dir<arg_key>path</arg_key><arg_value>a</arg_value><arg_key>pa<th</arg_key><arg_value>b</arg_value>",
+        "list_dir<arg_key>path</arg_key> and <arg_value>/tmp/x</arg_value>",
         "list_dir<arg_key>a</arg_key><arg_key>b</arg_key><arg_value>/tmp/x</arg_value>",
         "list_dirpaths</arg_key><arg_value>/tmp/x</arg_value>",  # no declared parameter
         "list_dir\n<arg_key>path</arg_key>\n<arg_value>/tmp/x</tool_call>",
@@ -136,6 +137,8 @@ SPOKEN = {
     "closing alone": "a</tool_call>b</arg_value>",
     "another script": "\u7528<tool_call>\u3002\u597d",
     "a long name": "<tool_call>" + "a" * 80,
+    "a long key": "<tool_call>f<arg_key>" + "then comes the key, " * 4 + ".",
+    "a key that is none": "<tool_call>f<arg_key>a<b>c</b>",
 }
 
 
@@ -199,6 +202,48 @@ def test_prose_with_delimiters_streams(form, data):
     assert "".join(out.split()) == "".join(text.split())
     if not any(isinstance(event, MalformedToolCall) for event in rest):
         assert out == text.rstrip()
+
+
+@pytest.mark.parametrize("name", ["glm", "v3", "v3.1", "kimi"])
+@given(data=st.data())
+@settings(max_examples=80, deadline=None)
+def test_generated_markup(name, data):
+    """No exception, no text lost, no key with `<`, and never a call that the text does not have whole."""
+    form = {"glm": GLM, "v3": DEEPSEEK_V3, "v3.1": DEEPSEEK_V31, "kimi": KIMI_K2}[name].without_thoughts()
+    whole = "<tool_call>f<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>"
+    whole = whole if name == "glm" else written(name, "f", '{"a": 1}')
+    words = [
+        "f",
+        "list_dir",
+        "path",
+        "functions.f:0",
+        "x",
+        " ",
+        "\n",
+        "<",
+        "</",
+        '"',
+        "{",
+        "}",
+        "{}",
+        '{"a": 1}',
+        "```json\n",
+    ]
+    part = st.sampled_from([*form.delimiters, whole, whole[:-3], whole[3:], *words])
+    text = "".join(data.draw(st.lists(part, max_size=16)))
+    events = parse(*text, answer_format=form, tools=TOOLS)
+    assert events == parse(text, answer_format=form, tools=TOOLS)
+    calls = [event for event in events if isinstance(event, ToolCall)]
+    assert not any("<" in key or ">" in key for call in calls if name == "glm" for key in call.arguments)
+    assert len(calls) <= text.count(form.calls.begin)
+    if not calls:
+        # The delimiters of a section are dropped also where its calls cannot be read.
+        out = "".join(event.text for event in events)
+        for delimiter in form.calls.section or ():
+            out, text = out.replace(delimiter, ""), text.replace(delimiter, "")
+        assert "".join(out.split()) == "".join(text.split())
+    ends = [end for state in form.calls.states.values() for end, after in state.items() if after == ""]
+    assert len(calls) <= sum(text.count(end) for end in set(ends))
 
 
 # -- thoughts again ----------------------------------------------------------------------------------------------------
