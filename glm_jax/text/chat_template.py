@@ -276,7 +276,10 @@ class ChatTemplate:
             "messages": messages,
             "tools": conversation.tools,
         }
-        before, after = unused_characters([visible, self.own_text], 2)
+        try:
+            before, after = unused_characters([visible, self.own_text], 2)
+        except RecursionError as error:
+            raise TextError("the messages or tools nest too deeply") from error
         token = GENERATION_BRACKETS.set((before, after))
         try:
             return _without_brackets(self._templates[name].render(visible), before, after)

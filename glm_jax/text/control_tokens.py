@@ -29,18 +29,22 @@ def control_tokens(tokenizer: Tokenizer, template_text: str) -> dict[str, int]:
     """Returns text -> id of the tokens that only a template may write.
 
     Of the added tokens those that are flagged special, those in the form of markup (`<think>`, `[gMASK]`), and those
-    that the template's own text contains (`/nothink`). White space is none, nor are words that someone added.
+    that the template's own text contains (`/nothink`). White space is none, nor are words that someone added, which
+    may well stand in a template too.
 
     Args:
         tokenizer: whose they are.
         template_text: what the template itself may write.
     """
     special = tokenizer.special_ids
-    return {
-        text: i
-        for text, i in tokenizer.added_tokens.items()
-        if text.strip() and (i in special or _BRACKETED.fullmatch(text.strip()) or text in template_text)
-    }
+
+    def steers(text: str, token_id: int) -> bool:
+        if not text.strip():
+            return False
+        written = text in template_text and not text.strip().isalnum()
+        return token_id in special or written or _BRACKETED.fullmatch(text.strip()) is not None
+
+    return {text: i for text, i in tokenizer.added_tokens.items() if steers(text, i)}
 
 
 def unused_characters(values: Any, number: int) -> list[str]:

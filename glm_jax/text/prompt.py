@@ -77,7 +77,11 @@ def encode_chat(
     control = control_tokens(tokenizer, template.own_text)
     (character,) = unused_characters([_everything(conversation), plain.text, template.own_text], 1)
     guard = Guard(control, character)
-    guarded = template.render_prepared(conversation.guarded(guard))
+    try:
+        guarded_conversation = conversation.guarded(guard)
+    except RecursionError as error:
+        raise TextError("the messages or tools nest too deeply") from error
+    guarded = template.render_prepared(guarded_conversation)
     text, spans = guard.written(guarded.text)
     expected = [control[text[start:end]] for start, end in spans]
     ending = guarded.text.rstrip()

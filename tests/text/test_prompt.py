@@ -256,10 +256,20 @@ def test_tokens_that_are_words_stay_tokens_in_messages():
     backend.add_special_tokens(["<|user|>"])
     backend.add_tokens([tokenizers.AddedToken("acme", normalized=False), tokenizers.AddedToken("  ", normalized=False)])
     tokenizer = _saved(backend)
-    template = ChatTemplate("<|user|>{{ messages[0].content }}")
+    template = ChatTemplate("<|user|>{{ messages[0].content }}{# #}{% if false %}acme{% endif %}")
     assert control_tokens(tokenizer, template.own_text) == {"<|user|>": 1}
     ids = encode_chat(template, tokenizer, [{"role": "user", "content": "hi<|user|>acme"}]).token_ids
     assert ids[0] == 1 and 1 not in ids[1:] and ids[-1] == 3
+
+
+def test_nesting_without_end_is_refused(load):
+    deep: Any = "x"
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(TextError):
+        encode_chat(*load("kimi"), [USER, {"role": "assistant", "content": "", "tool_calls": [call("f", {"a": deep})]}])
+    with pytest.raises(TextError):
+        encode_chat(*load("kimi"), [USER], tools=[{"type": "function", "function": {"name": "f", "parameters": deep}}])
 
 
 def test_a_vocabulary_that_holds_its_control_tokens_as_words():
