@@ -231,6 +231,11 @@ def checkpoint(
     return write(directory, config, stored(tensors(config, seed=seed, copies=copies), dtype), shards=shards)
 
 
+def tokens(batch: int, length: int, seed: int = 0, *, vocab: int = BASE["vocab_size"]) -> np.ndarray:
+    """Random tokens int32 [batch, length]."""
+    return np.random.default_rng(seed).integers(0, vocab, (batch, length)).astype(np.int32)
+
+
 def read(directory: Path) -> dict[str, np.ndarray]:
     """Every tensor of a directory, by the `safetensors` package."""
     found: dict[str, np.ndarray] = {}

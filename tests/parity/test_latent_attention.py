@@ -51,10 +51,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 FAMILIES = ("deepseek", "kimi", "flash")
 
 
-def random_tokens(batch: int, length: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, published.BASE["vocab_size"], (batch, length)).astype(np.int32)
-
-
 def ratio(ours: Any, reference: np.ndarray) -> float:
     """The largest absolute difference in standard deviations of the reference."""
     return float(np.abs(np.asarray(ours) - reference).max() / reference.std())
@@ -73,13 +69,13 @@ def test_logits_before_and_past_the_original_positions(tmp_path, one_device, sha
     """YaRN's original maximum is 16 tokens here, the sequences have 40: the frequencies hold at every length."""
     for seed in range(2):
         directory = oracle.save(tmp_path / str(seed), seed=seed, beside=bool(seed), **shape)
-        check(directory, one_device, random_tokens(2, 10 + 30 * seed, seed), stacked=bool(seed))
+        check(directory, one_device, published.tokens(2, 10 + 30 * seed, seed), stacked=bool(seed))
 
 
 @pytest.mark.parametrize("shape", FAMILIES)
 def test_greedy_tokens_through_the_latent_cache(tmp_path, one_device, shape):
     directory = oracle.save(tmp_path / "hf", seed=5, **SHAPES[shape])
-    prompts = [random_tokens(1, length, length)[0].tolist() for length in (1, 3, 9, 17, 30)]
+    prompts = [published.tokens(1, length, length)[0].tolist() for length in (1, 3, 9, 17, 30)]
     ours = glm_jax.generate(glm_jax.load(directory, mesh=one_device), prompts, max_new_tokens=64)
     assert ours == oracle.greedy(oracle.load(directory), prompts, 64)
 
@@ -88,7 +84,7 @@ def test_greedy_tokens_through_the_latent_cache(tmp_path, one_device, shape):
 @pytest.mark.parametrize("shape", FAMILIES)
 def test_prefill_and_absorbed_decode_equal_the_whole_pass(tmp_path, one_device, shape, stacked):
     directory = oracle.save(tmp_path / "hf", seed=9, **SHAPES[shape])
-    tokens, model = random_tokens(4, 24), glm_jax.load(directory, mesh=one_device, stacked=stacked)
+    tokens, model = published.tokens(4, 24), glm_jax.load(directory, mesh=one_device, stacked=stacked)
     reference = oracle.logits(oracle.load(directory), tokens)
     assert ratio(decoding.teacher_forced(model, tokens, np.array([1, 5, 12, 23])), reference) <= LIMIT
 

@@ -37,10 +37,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def random_tokens(shape: tuple[int, int], seed: int = 0, vocab: int = published.BASE["vocab_size"]) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, vocab, shape).astype(np.int32)
-
-
 def ratio(ours: Any, reference: np.ndarray) -> float:
     """The largest absolute difference in standard deviations of the reference."""
     ours = np.asarray(ours)
@@ -60,19 +56,19 @@ def check(directory: Path, mesh: Any, tokens: np.ndarray, *, stacked: bool = Tru
 def test_logits_and_mtp_logits(tmp_path, one_device, shape):
     for seed in range(2):
         directory = oracle.save(tmp_path / str(seed), seed=seed, **shape)
-        check(directory, one_device, random_tokens((3, 20), seed))
+        check(directory, one_device, published.tokens(3, 20, seed))
 
 
 @pytest.mark.parametrize("shape", [{}, AIR], ids=["glm", "air"])
 def test_logits_over_many_seeds(tmp_path, one_device, shape):
     for seed in range(10, 16):
         directory = oracle.save(tmp_path / str(seed), seed=seed, **shape)
-        check(directory, one_device, random_tokens((3, 20), seed))
+        check(directory, one_device, published.tokens(3, 20, seed))
 
 
 def test_unrolled_layers_give_the_same_logits(tmp_path, one_device):
     shape = SHAPES["three-dense"]
-    check(oracle.save(tmp_path / "hf", seed=7, **shape), one_device, random_tokens((3, 20)), stacked=False)
+    check(oracle.save(tmp_path / "hf", seed=7, **shape), one_device, published.tokens(3, 20), stacked=False)
 
 
 def test_the_correction_bias_decides(tmp_path, one_device):
@@ -84,7 +80,7 @@ def test_the_correction_bias_decides(tmp_path, one_device):
             arrays[name] = np.linspace(-4, -1, arrays[name].size, dtype=np.float32)
     content = json.loads((directory / "config.json").read_text())
     biased = published.write(tmp_path / "biased", content, arrays)
-    tokens = random_tokens((2, 12))
+    tokens = published.tokens(2, 12)
     check(biased, one_device, tokens)
     plain, moved = (np.asarray(glm_jax.load(d, mesh=one_device)(tokens).logits) for d in (directory, biased))
     assert np.abs(plain - moved).max() > 0.1
@@ -93,13 +89,13 @@ def test_the_correction_bias_decides(tmp_path, one_device):
 def test_prompts_longer_than_a_block_of_queries(tmp_path, one_device):
     shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 2048}
     directory = oracle.save(tmp_path / "hf", seed=3, rope_theta=1e6, **shape)
-    check(directory, one_device, random_tokens((1, 1100)))
+    check(directory, one_device, published.tokens(1, 1100))
 
 
 @pytest.mark.parametrize("shape", ["glm", "air", "three-dense"])
 def test_greedy_tokens_equal_those_of_generate(tmp_path, one_device, shape):
     directory = oracle.save(tmp_path / "hf", seed=5, **SHAPES[shape])
-    prompts = [random_tokens((1, length), length)[0].tolist() for length in (1, 3, 9, 17, 30)]
+    prompts = [published.tokens(1, length, length)[0].tolist() for length in (1, 3, 9, 17, 30)]
     model = glm_jax.load(directory, mesh=one_device)
     ours = glm_jax.generate(model, prompts, max_new_tokens=64)
     assert ours == oracle.greedy(oracle.load(directory), prompts, 64)
@@ -108,7 +104,7 @@ def test_greedy_tokens_equal_those_of_generate(tmp_path, one_device, shape):
 @pytest.mark.parametrize("stacked", [True, False], ids=["stacked", "unrolled"])
 def test_prefill_and_decode_equal_the_whole_pass(tmp_path, one_device, stacked):
     directory = oracle.save(tmp_path / "hf", seed=9, **SHAPES["three-dense"])
-    tokens = random_tokens((4, 24))
+    tokens = published.tokens(4, 24)
     model = glm_jax.load(directory, mesh=one_device, stacked=stacked)
     reference = oracle.logits(oracle.load(directory), tokens)
     assert ratio(model(tokens).logits, reference) <= LIMIT
@@ -117,19 +113,19 @@ def test_prefill_and_decode_equal_the_whole_pass(tmp_path, one_device, stacked):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_half_precision_source_runs_in_float32_as_transformers_upcasts_it(tmp_path, one_device, dtype):
-    check(oracle.save(tmp_path / "hf", seed=11, dtype=dtype, shard_size="150KB"), one_device, random_tokens((3, 20)))
+    check(oracle.save(tmp_path / "hf", seed=11, dtype=dtype, shard_size="150KB"), one_device, published.tokens(3, 20))
     assert (tmp_path / "hf" / oracle.INDEX).exists()
 
 
 def test_float32_routers_in_a_bfloat16_source(tmp_path, one_device):
-    check(oracle.save(tmp_path / "hf", dtype="bfloat16", float32_routers=True), one_device, random_tokens((3, 20)))
+    check(oracle.save(tmp_path / "hf", dtype="bfloat16", float32_routers=True), one_device, published.tokens(3, 20))
 
 
 def test_the_correction_bias_stays_float32_in_a_bfloat16_run(tmp_path, one_device):
     directory = oracle.save(tmp_path / "hf", dtype="bfloat16")
     arrays = published.read(directory)
     model = glm_jax.load(directory, mesh=one_device, dtype="bfloat16")
-    tokens = random_tokens((1, 4))
+    tokens = published.tokens(1, 4)
     assert model(tokens).logits.dtype == np.float32
     for group, numbers in ((model.moe, (1, 2)), ([model.mtp.layer], (3,))):
         for layer, number in zip(group, numbers, strict=True):
@@ -141,7 +137,7 @@ def test_the_correction_bias_stays_float32_in_a_bfloat16_run(tmp_path, one_devic
 
 def test_bfloat16_is_as_near_to_float32_as_that_of_transformers(tmp_path, one_device):
     directory = oracle.save(tmp_path / "hf", dtype="bfloat16")
-    tokens = random_tokens((4, 32))
+    tokens = published.tokens(4, 32)
     exact = oracle.logits(oracle.load(directory), tokens)
     theirs = np.abs(oracle.logits(oracle.load(directory, "bfloat16"), tokens) - exact)
     ours = np.abs(np.asarray(glm_jax.load(directory, mesh=one_device, dtype="bfloat16")(tokens).logits) - exact)
@@ -153,7 +149,7 @@ def test_both_layouts_of_config_json_are_one_configuration(tmp_path, one_device)
     assert "rope_parameters" in json.loads((nested / "config.json").read_text())
     assert "rope_theta" in json.loads((beside / "config.json").read_text())
     assert configs.from_hf(nested) == configs.from_hf(beside)
-    check(beside, one_device, random_tokens((2, 10)))
+    check(beside, one_device, published.tokens(2, 10))
 
 
 def random_shape(seed: int) -> dict[str, Any]:
@@ -193,7 +189,7 @@ def random_shape(seed: int) -> dict[str, Any]:
 def test_random_shapes(tmp_path, one_device, seed):
     shape = random_shape(seed)
     directory = oracle.save(tmp_path / "hf", seed=seed, **shape)
-    tokens = random_tokens((3, 33), seed, shape["vocab_size"])
+    tokens = published.tokens(3, 33, seed, vocab=shape["vocab_size"])
     check(directory, one_device, tokens, stacked=bool(seed % 2))
     model, prompts = (
         glm_jax.load(directory, mesh=one_device),

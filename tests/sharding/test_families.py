@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
-from typing import Any
-
 import jax
 import numpy as np
 import pytest
@@ -26,30 +22,14 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Any:
-    @functools.cache
-    def written(model_type: str) -> Path:
-        directory = tmp_path_factory.mktemp("hf") / model_type
-        return published.checkpoint(directory, dtype="float32", model_type=model_type, num_hidden_layers=2)
-
-    return written
-
-
-@pytest.fixture(scope="module")
-def single(checkpoint, one_device) -> Any:
-    return functools.cache(lambda model_type: glm_jax.load(checkpoint(model_type), mesh=one_device, stacked=True))
-
-
-def random_tokens(batch: int, length: int) -> np.ndarray:
-    return np.random.default_rng(batch).integers(0, published.BASE["vocab_size"], (batch, length)).astype(np.int32)
-
-
 @pytest.mark.parametrize(("model_type", "sizes"), CASES)
-def test_logits_prefill_and_decode(checkpoint, single, mesh_of_sizes, model_type, sizes):
+def test_logits_prefill_and_decode(checkpoint_of, single_of, mesh_of_sizes, model_type, sizes):
     """The whole pass, with the MTP layer where there is one, then the same through the latent cache."""
-    one, model = single(model_type), glm_jax.load(checkpoint(model_type), mesh=mesh_of_sizes(sizes), stacked=False)
-    tokens = random_tokens(4, 9)
+    one, model = (
+        single_of(model_type),
+        glm_jax.load(checkpoint_of(model_type), mesh=mesh_of_sizes(sizes), stacked=False),
+    )
+    tokens = published.tokens(4, 9)
     has_mtp = one.mtp is not None
     ours, reference = (m(tokens, mtp=has_mtp, ops=DENSE) for m in (model, one))
     for name in ("logits", "mtp_logits") if has_mtp else ("logits",):
@@ -61,8 +41,10 @@ def test_logits_prefill_and_decode(checkpoint, single, mesh_of_sizes, model_type
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_the_latent_cache_is_split_by_batch_and_whole_for_every_head(single, checkpoint, mesh_of_sizes, model_type):
-    model = glm_jax.load(checkpoint(model_type), mesh=mesh_of_sizes((2, 2, 2)), stacked=False)
+def test_the_latent_cache_is_split_by_batch_and_whole_for_every_head(
+    single_of, checkpoint_of, mesh_of_sizes, model_type
+):
+    model = glm_jax.load(checkpoint_of(model_type), mesh=mesh_of_sizes((2, 2, 2)), stacked=False)
     attention = model.config.attention
     with jax.set_mesh(model.mesh):
         leaves = jax.tree.leaves(create_cache(model, 8, 16))

@@ -53,10 +53,6 @@ def expected(single) -> Callable[[str], list[list[int]]]:
     return functools.cache(lambda name: glm_jax.generate(single, PROMPTS, max_new_tokens=12, **SETTINGS[name]))
 
 
-def random_tokens(batch: int, length: int) -> np.ndarray:
-    return np.random.default_rng(batch).integers(0, published.BASE["vocab_size"], (batch, length)).astype(np.int32)
-
-
 def check_equal(sharded: Any, single: Any, tokens: np.ndarray) -> None:
     left, right = sharded(tokens, mtp=True, ops=DENSE), single(tokens, mtp=True, ops=DENSE)
     for name in ("logits", "mtp_logits"):
@@ -66,7 +62,7 @@ def check_equal(sharded: Any, single: Any, tokens: np.ndarray) -> None:
 
 def check_decode(sharded: Any, single: Any) -> None:
     """Prefill and decode of unequal rows on many devices give the logits of the whole pass on one."""
-    tokens = random_tokens(4, 9)
+    tokens = published.tokens(4, 9)
     reference = np.asarray(single(tokens, ops=DENSE).logits)
     logits = decoding.teacher_forced(sharded, tokens, np.array([1, 4, 8, 6]), ops=DENSE)
     assert np.abs(logits - reference).max() <= 1e-4 * reference.std()
@@ -80,18 +76,20 @@ def check_decode(sharded: Any, single: Any) -> None:
 )
 def test_logits_and_mtp_logits(checkpoint, single, mesh_of_sizes, sizes, batch):
     model = glm_jax.load(checkpoint, mesh=mesh_of_sizes(sizes), stacked=batch == 8)
-    check_equal(model, single, random_tokens(batch, 9))
+    check_equal(model, single, published.tokens(batch, 9))
 
 
 @pytest.mark.parametrize("batch", [1, 6])
 def test_batches_that_do_not_divide(checkpoint, single, mesh_of_sizes, batch):
-    check_equal(glm_jax.load(checkpoint, mesh=mesh_of_sizes((2, 2, 2)), stacked=True), single, random_tokens(batch, 9))
+    check_equal(
+        glm_jax.load(checkpoint, mesh=mesh_of_sizes((2, 2, 2)), stacked=True), single, published.tokens(batch, 9)
+    )
 
 
 def test_two_kv_heads_on_two_tensor_devices(tmp_path, one_device, mesh_of_sizes):
     source = published.checkpoint(tmp_path / "hf", dtype="float32", num_hidden_layers=2)
     one, many = (glm_jax.load(source, mesh=mesh, stacked=True) for mesh in (one_device, mesh_of_sizes((1, 4, 2))))
-    check_equal(many, one, random_tokens(4, 9))
+    check_equal(many, one, published.tokens(4, 9))
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 8), (2, 2, 2), pytest.param((8, 1, 1), marks=pytest.mark.slow)], ids=str)
@@ -189,7 +187,7 @@ FAST = {"experts-over-two-axes", "batch-over-data-only", "heads-over-two-axes"}
 )
 def test_own_rules_give_the_same_logits(checkpoint, single, mesh_of_sizes, name):
     model = glm_jax.load(checkpoint, mesh=mesh_of_sizes((2, 2, 2)), rules=OWN_RULES[name], stacked=True)
-    check_equal(model, single, random_tokens(4, 9))
+    check_equal(model, single, published.tokens(4, 9))
     check_decode(model, single)
 
 
@@ -317,7 +315,7 @@ def test_experts_elsewhere_add_nothing(name):
 
 @pytest.mark.parametrize("name", EXPERTS)
 def test_a_whole_model_with_each_implementation(checkpoint, single, mesh_of_sizes, name):
-    tokens = random_tokens(8, 9)
+    tokens = published.tokens(8, 9)
     model = glm_jax.load(checkpoint, mesh=mesh_of_sizes((1, 4, 2)), stacked=True)
     reference = np.asarray(single(tokens).logits)
     logits = np.asarray(model(tokens, ops=with_implementations(CPU, experts=name)).logits)

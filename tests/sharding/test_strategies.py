@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,42 +32,23 @@ COSTLY = [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow) fo
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Any:
-    @functools.cache
-    def written(model_type: str) -> Path:
-        directory = tmp_path_factory.mktemp("hf") / model_type
-        return published.checkpoint(directory, dtype="float32", model_type=model_type, num_hidden_layers=2)
-
-    return written
-
-
-@pytest.fixture(scope="module")
-def single(checkpoint, one_device) -> Any:
-    return functools.cache(lambda model_type: glm_jax.load(checkpoint(model_type), mesh=one_device, stacked=True))
-
-
-def random_tokens(batch: int, length: int) -> np.ndarray:
-    return np.random.default_rng(batch).integers(0, published.BASE["vocab_size"], (batch, length)).astype(np.int32)
-
-
-@pytest.fixture(scope="module")
-def expected(single) -> Any:
+def expected(single_of) -> Any:
     """Logits and MTP logits of one device."""
 
     @functools.cache
     def run(model_type: str, batch: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        out = single(model_type)(random_tokens(batch, length), mtp=True, ops=DENSE)
+        out = single_of(model_type)(published.tokens(batch, length), mtp=True, ops=DENSE)
         return np.asarray(out.logits), np.asarray(out.mtp_logits)
 
     return run
 
 
 @pytest.fixture(scope="module")
-def sharded(checkpoint, mesh_of_sizes) -> Any:
+def sharded(checkpoint_of, mesh_of_sizes) -> Any:
     @functools.cache
     def load(model_type: str, preset: str) -> Any:
         mesh = mesh_of_sizes(SIZES[preset])
-        return glm_jax.load(checkpoint(model_type), mesh=mesh, rules=rules_named(preset), stacked=preset == "train")
+        return glm_jax.load(checkpoint_of(model_type), mesh=mesh, rules=rules_named(preset), stacked=preset == "train")
 
     return load
 
@@ -79,7 +59,7 @@ def check_equal(actual: Any, reference: np.ndarray, what: str = "") -> None:
 
 @pytest.mark.parametrize(("model_type", "preset"), ALL)
 def test_logits_and_mtp_logits(sharded, expected, model_type, preset):
-    out = sharded(model_type, preset)(random_tokens(8, 16), mtp=True, ops=DENSE)
+    out = sharded(model_type, preset)(published.tokens(8, 16), mtp=True, ops=DENSE)
     logits, mtp_logits = expected(model_type, 8, 16)
     check_equal(out.logits, logits)
     check_equal(out.mtp_logits, mtp_logits)
@@ -90,7 +70,7 @@ def test_prefill_and_decode(sharded, expected, model_type, preset):
     """Rows of unequal length, and at last a batch that no axis divides."""
     for batch, lengths in ((8, [1, 4, 16, 6, 2, 9, 8, 3]), (1, [8])):
         logits = decoding.teacher_forced(
-            sharded(model_type, preset), random_tokens(batch, 16), np.array(lengths), ops=DENSE
+            sharded(model_type, preset), published.tokens(batch, 16), np.array(lengths), ops=DENSE
         )
         check_equal(logits, expected(model_type, batch, 16)[0])
 
@@ -109,20 +89,20 @@ def loss_gradient(model: Any, batch: Batch, ops: Ops) -> tuple[float, dict[str, 
 
 
 @pytest.fixture(scope="module")
-def expected_gradient(single) -> Any:
-    return functools.cache(lambda model_type: loss_gradient(single(model_type), training_batch(), DENSE))
+def expected_gradient(single_of) -> Any:
+    return functools.cache(lambda model_type: loss_gradient(single_of(model_type), training_batch(), DENSE))
 
 
 def training_batch() -> Batch:
     mask = np.arange(16) < np.array([16, 16, 9, 16, 12, 16, 5, 16])[:, None]
-    return Batch(np.where(mask, random_tokens(8, 16), 0).astype(np.int32), mask, mask)
+    return Batch(np.where(mask, published.tokens(8, 16), 0).astype(np.int32), mask, mask)
 
 
 @pytest.mark.parametrize(("model_type", "preset"), COSTLY)
-def test_gradients_of_the_training_loss(checkpoint, expected_gradient, mesh_of_sizes, model_type, preset):
+def test_gradients_of_the_training_loss(checkpoint_of, expected_gradient, mesh_of_sizes, model_type, preset):
     """Each gradient lies as its weight does, and is the one device's."""
     mesh = mesh_of_sizes(SIZES[preset])
-    model = glm_jax.load(checkpoint(model_type), mesh=mesh, rules=rules_named(preset), stacked=True)
+    model = glm_jax.load(checkpoint_of(model_type), mesh=mesh, rules=rules_named(preset), stacked=True)
     value, gradients = loss_gradient(model, training_batch(), EXCHANGE)
     expected_value, expected = expected_gradient(model_type)
     assert value == pytest.approx(expected_value, rel=1e-5)
@@ -134,13 +114,13 @@ def test_gradients_of_the_training_loss(checkpoint, expected_gradient, mesh_of_s
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_own_rules(checkpoint, expected, mesh_of_sizes, model_type):
+def test_own_rules(checkpoint_of, expected, mesh_of_sizes, model_type):
     """Those of the documentation: whole experts everywhere, matrices kept apart along `data`."""
     experts = ("expert", "tensor")
     rules = Rules(heads=("tensor",), kv_heads=("tensor",), expert=experts, mlp=(), fsdp=("data",))
-    model = glm_jax.load(checkpoint(model_type), mesh=mesh_of_sizes((2, 2, 2)), rules=rules, stacked=False)
+    model = glm_jax.load(checkpoint_of(model_type), mesh=mesh_of_sizes((2, 2, 2)), rules=rules, stacked=False)
     for ops in (DENSE, EXCHANGE):
-        check_equal(model(random_tokens(8, 16), ops=ops).logits, expected(model_type, 8, 16)[0])
+        check_equal(model(published.tokens(8, 16), ops=ops).logits, expected(model_type, 8, 16)[0])
 
 
 FORMS = {"glm4_moe": (np.int8, None), "deepseek_v3": ("int4", 8)}  # per channel, in groups
@@ -169,10 +149,10 @@ def wide(value: Any) -> Any:
 
 
 @pytest.mark.parametrize(("model_type", "preset"), COSTLY)
-def test_quantised_weights(checkpoint, mesh_of_sizes, one_device, model_type, preset):
+def test_quantised_weights(checkpoint_of, mesh_of_sizes, one_device, model_type, preset):
     """A prompt gathers matrices that are kept apart, a decode step moves tokens: with their scales, both are exact."""
-    config = configs.from_hf(checkpoint(model_type))
-    mesh, rules, tokens = mesh_of_sizes(SIZES[preset]), rules_named(preset), random_tokens(8, 8)
+    config = configs.from_hf(checkpoint_of(model_type))
+    mesh, rules, tokens = mesh_of_sizes(SIZES[preset]), rules_named(preset), published.tokens(8, 8)
     abstract = with_layer_layout(runtime_model(config, mesh, dtype=np.float32, rules=rules), stacked=False)
     narrow, reference = quantized(abstract, FORMS[model_type])
     placed = with_shardings(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), narrow), mesh, rules)
