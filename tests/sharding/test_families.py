@@ -25,10 +25,8 @@ CASES = [
 @pytest.mark.parametrize(("model_type", "sizes"), CASES)
 def test_logits_prefill_and_decode(checkpoint_of, single_of, mesh_of_sizes, model_type, sizes):
     """The whole pass, with the MTP layer where there is one, then the same through the latent cache."""
-    one, model = (
-        single_of(model_type),
-        glm_jax.load(checkpoint_of(model_type), mesh=mesh_of_sizes(sizes), stacked=False),
-    )
+    one = single_of(model_type)
+    model = glm_jax.load(checkpoint_of(model_type), mesh=mesh_of_sizes(sizes), stacked=False)
     tokens = published.tokens(4, 9)
     has_mtp = one.mtp is not None
     ours, reference = (m(tokens, mtp=has_mtp, ops=DENSE) for m in (model, one))
@@ -41,9 +39,7 @@ def test_logits_prefill_and_decode(checkpoint_of, single_of, mesh_of_sizes, mode
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_the_latent_cache_is_split_by_batch_and_whole_for_every_head(
-    single_of, checkpoint_of, mesh_of_sizes, model_type
-):
+def test_the_latent_cache_is_split_by_batch_and_whole_for_every_head(checkpoint_of, mesh_of_sizes, model_type):
     model = glm_jax.load(checkpoint_of(model_type), mesh=mesh_of_sizes((2, 2, 2)), stacked=False)
     attention = model.config.attention
     with jax.set_mesh(model.mesh):

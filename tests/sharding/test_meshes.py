@@ -81,9 +81,8 @@ def test_logits_and_mtp_logits(checkpoint, single, mesh_of_sizes, sizes, batch):
 
 @pytest.mark.parametrize("batch", [1, 6])
 def test_batches_that_do_not_divide(checkpoint, single, mesh_of_sizes, batch):
-    check_equal(
-        glm_jax.load(checkpoint, mesh=mesh_of_sizes((2, 2, 2)), stacked=True), single, published.tokens(batch, 9)
-    )
+    model = glm_jax.load(checkpoint, mesh=mesh_of_sizes((2, 2, 2)), stacked=True)
+    check_equal(model, single, published.tokens(batch, 9))
 
 
 def test_two_kv_heads_on_two_tensor_devices(tmp_path, one_device, mesh_of_sizes):
