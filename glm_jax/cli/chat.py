@@ -42,7 +42,7 @@ def run(flags: absl_flags.FlagValues) -> dict[str, Any]:
     if flags.json and flags.message is None:
         raise InputError("--json needs --message: it prints one answer")
     from glm_jax.checkpoint import open_source
-    from glm_jax.cli.loading import load_model
+    from glm_jax.cli.loading import load_model, loading_options
     from glm_jax.cli.sampling import chosen_sampling
     from glm_jax.runtime import distributed
     from glm_jax.serving import Chat, TextProcessor
@@ -53,9 +53,11 @@ def run(flags: absl_flags.FlagValues) -> dict[str, Any]:
     settings = {name: getattr(flags, name) for name in names}
     given = {name: value for name, value in settings.items() if value is not None}
     source = open_source(flags.model, allow_unknown=flags.allow_unknown)
+    # Everything that can be refused is, before the weights are loaded.
+    chosen_sampling(flags, source.config)
+    options = loading_options(flags, source.config)
     text = TextProcessor.load(flags.model)
-    chosen_sampling(flags, source.config)  # refuses what is out of range before the weights are loaded
-    chat = Chat(load_model(flags, source), text)
+    chat = Chat(load_model(source, options), text)
     conversation = Conversation(chat, flags.system, thinking=flags.thinking, settings=given)
     if flags.message is None:
         conversation.hold()

@@ -45,7 +45,7 @@ def run(flags: absl_flags.FlagValues) -> dict[str, Any]:
     prompt = None if flags.tokens is None else parse_tokens(flags.tokens)
 
     from glm_jax.checkpoint import open_source
-    from glm_jax.cli.loading import load_model
+    from glm_jax.cli.loading import load_model, loading_options
     from glm_jax.cli.sampling import chosen_sampling, describe_acceptance
     from glm_jax.inference.config import check_prompts
     from glm_jax.serving import Generation, text_directory
@@ -63,7 +63,7 @@ def run(flags: absl_flags.FlagValues) -> dict[str, Any]:
         beginning, prompt = beginning_ids(directory, tokenizer), tokenizer.encode(flags.prompt)
         prompt = prompt if prompt[: len(beginning)] == beginning else beginning + prompt
     check_prompts([prompt], config, sampling.max_new_tokens)
-    model = load_model(flags, source)
+    model = load_model(source, loading_options(flags, config))
     warm = flags.json if flags.warmup is None else flags.warmup
     if warm:
         _warm_up(model, prompt, sampling)

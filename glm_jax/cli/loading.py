@@ -62,9 +62,9 @@ def loading_options(flags: absl_flags.FlagValues, config: ModelConfig) -> dict[s
     return {**chosen, "quantized": flags.quantized, "layers": flags.layers}
 
 
-def load_model(flags: absl_flags.FlagValues, source: Source) -> Transformer:
-    """The model of the open checkpoint of --model, as the flags say; its notes go to stderr."""
-    model = load_source(source, **loading_options(flags, source.config))
+def load_model(source: Source, options: dict[str, Any]) -> Transformer:
+    """The model of the open checkpoint of --model, with `loading_options`; its notes go to stderr."""
+    model = load_source(source, **options)
     for note in model.notes:
         printing.notice(note)
     return model

@@ -94,7 +94,8 @@ def from_hf(source: str | Path | Mapping[str, Any], *, allow_unknown: Collection
 
 def read_hf(source: str | Path | Mapping[str, Any], *, allow_unknown: Collection[str] = ()) -> HfConfig:
     """As `from_hf`, with notes for the user."""
-    content = text_config(source if isinstance(source, Mapping) else read_config_json(source))
+    whole = source if isinstance(source, Mapping) else read_config_json(source)
+    content = text_config(whole)
     model_type = content.get("model_type", MISSING)
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
         shown = "is missing" if model_type is MISSING else f"{model_type!r} is not supported"
@@ -102,6 +103,8 @@ def read_hf(source: str | Path | Mapping[str, Any], *, allow_unknown: Collection
     reader = ConfigReader(content, allow_unknown)
     arguments = _FAMILIES[model_type].read(reader)
     notes = reader.finish()
+    if content is not whole:
+        notes = (f"config.json: only the language model of {whole.get('model_type')} is read (text_config)", *notes)
     return HfConfig(ModelConfig(**arguments), notes)
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from glm_jax.configs.hf_nested import text_config
 from glm_jax.text.answer_format import DEEPSEEK_V3, DEEPSEEK_V31, GLM, KIMI_K2, AnswerFormat
 from glm_jax.text.json_file import read_json_object_if_present
 from glm_jax.text.tokenizer import load_tokenizer
@@ -88,7 +89,8 @@ def family_of(directory: str | os.PathLike[str], tokenizer: Tokenizer | None = N
         TextError: config.json or the tokenizer cannot be read.
     """
     directory = Path(directory)
-    choose = _BY_MODEL_TYPE.get(str(read_json_object_if_present(directory / "config.json").get("model_type")))
+    config = text_config(read_json_object_if_present(directory / "config.json"))
+    choose = _BY_MODEL_TYPE.get(str(config.get("model_type")))
     if choose is None:
         return GLM_FAMILY
     found = _tokenizer_if_present(directory) if tokenizer is None else tokenizer

@@ -8,9 +8,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from glm_jax.configs.hf_nested import text_config
 from glm_jax.errors import TextError
 from glm_jax.text.families import end_ids
 from glm_jax.text.json_file import read_json_object_if_present
@@ -50,7 +52,8 @@ class GenerationDefaults:
         """
         path, config = Path(directory) / "generation_config.json", Path(directory) / "config.json"
         values = read_json_object_if_present(path)
-        named = (*_stop_ids(values, path), *_stop_ids(read_json_object_if_present(config), config))
+        content = read_json_object_if_present(config)
+        named = (*_stop_ids(values, path), *_stop_ids(content, config), *_stop_ids(text_config(content), config))
         stop_ids = tuple(dict.fromkeys((*named, *end_ids(directory, tokenizer))))
         temperature = _number(values, "temperature", path)
         if temperature is not None and temperature < 0:
@@ -64,7 +67,7 @@ class GenerationDefaults:
         return cls(stop_ids, temperature, top_p, top_k)
 
 
-def _stop_ids(values: dict[str, Any], path: Path) -> tuple[int, ...]:
+def _stop_ids(values: Mapping[str, Any], path: Path) -> tuple[int, ...]:
     """The ids under eos_token_id (one, a list, or none), each once."""
     value = values.get("eos_token_id")
     listed = [] if value is None else value if isinstance(value, list) else [value]

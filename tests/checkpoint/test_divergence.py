@@ -22,4 +22,4 @@ def test_the_divergence_of_two_checkpoints(tmp_path):
         glm_jax.convert(source, tmp_path / method, quantize=method)
         found.append(divergence(source, tmp_path / method))
     assert 0 < found[0] < found[1] < found[2]
-    assert fits(source)
+    assert fits(glm_jax.configs.from_hf(source))

@@ -42,6 +42,18 @@ def test_the_family_is_told_by_model_type_and_tokens(tmp_path, demo):
         assert (family_of(directory).answer_format, family_of(directory).template) == (GLM, None)
 
 
+@pytest.mark.parametrize("text", [{"model_type": "kimi_k2"}, {"model_type": "deepseek_v3"}, None])
+def test_the_language_model_of_a_multimodal_checkpoint_speaks_as_it_does_alone(tmp_path, text):
+    alone = write_kimi(tmp_path / "alone", thinks=True)
+    kimi = write_kimi(tmp_path / "kimi", thinks=True)
+    config = {"model_type": "kimi_k25", "vision_config": {}}
+    config |= {} if text is None else {"text_config": {**text, "eos_token_id": 7}}
+    (kimi / "config.json").write_text(json.dumps(config))
+    assert family_of(kimi) == family_of(alone)
+    stop_ids = GenerationDefaults.load(alone).stop_ids
+    assert GenerationDefaults.load(kimi).stop_ids == (stop_ids if text is None else (7, *stop_ids))
+
+
 def test_the_real_tokenizer_is_that_of_r1(deepseek, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "deepseek_v3"}')
     family = family_of(tmp_path, load_tokenizer(deepseek))
