@@ -7,7 +7,7 @@ their layouts; the experts.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -47,8 +47,11 @@ class ConfigReader:
             return self._default(key, kind) if default is MISSING else default
         if value is None and (nullable or default is None):
             return None
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if kind is float and _is_number(value):
             value = float(value)
+        elif kind is float and isinstance(value, float):
+            self._problems.append(f"{key} is {value}, not a finite number")
+            return kind()
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             self._problems.append(f"{key} is {_shown(value)}, not of type {kind.__name__}")
             return kind()
@@ -233,7 +236,8 @@ def _read_yarn(reader: ConfigReader, keys: dict[str, Any]) -> YarnConfig:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a number that a float holds: JSON has integers of any length, and Python's reader NaN."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def write_rope(rope: RopeConfig, *, partial: float | None, nested: bool) -> dict[str, Any]:
@@ -316,7 +320,7 @@ def read_shape(reader: ConfigReader, *, dense_layers: int | None) -> dict[str, A
 def _check_layer_types(reader: ConfigReader, num_layers: int) -> None:
     """`layer_types` names the attention of each layer: full attention is the only one here."""
     types = reader.take("layer_types", list, None)
-    if types is not None and types != ["full_attention"] * num_layers:
+    if types is not None and (len(types) != num_layers or any(each != "full_attention" for each in types)):
         reader.problem(f"layer_types is {_shown(types)}; supported: 'full_attention' for each of {num_layers} layers")
 
 
