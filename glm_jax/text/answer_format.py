@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 
 from glm_jax.text.events import ToolCall
 from glm_jax.text.json_calls import ARGUMENTS, SEPARATOR, read_fenced, read_separated, read_with_id
-from glm_jax.text.lookahead import Lookahead
+from glm_jax.text.lookahead import Lookahead, Part
 from glm_jax.text.tagged_calls import read_tagged
 from glm_jax.text.tool_schemas import Tools
 
@@ -34,7 +34,7 @@ RESTART = "restart"  # the state after a call's opening delimiter inside a call 
 
 SPACE = r"\s{0,8}"
 LINE_BREAK = r"(?:[\r\n]\s{0,8})?"
-NAME = r"(?:[\w/@][\w.:/@#+-]{0,63})?"
+NAME = (r"[\w/@][\w.:/@#+-]{0,63}", r"(?:[\w/@][\w.:/@#+-]{0,63})?")
 KEY = r"[^<]{0,64}"
 REST_OF_NAME = r"[\w.:/@#+-]{0,64}"
 
@@ -76,18 +76,19 @@ class CallFormat:
             tools: the declared ones. A space between `begin` and an undeclared name makes `begin` text, so that
                 prose that mentions it is not held back.
         """
-        names: list[tuple[str | list[str], ...]] = [(LINE_BREAK, NAME, SPACE)]
+        names: list[tuple[Part, ...]] = [(LINE_BREAK, NAME, SPACE)]
         if tools:
             names.append((SPACE, [*tools], SPACE))
         if self.head_prefix is not None:
             names.append((SPACE, [self.head_prefix], REST_OF_NAME, SPACE))
-        heads = [(*name, [*self.head_ends]) for name in names]
+        heads: list[tuple[Part, ...]] = [(*name, [*self.head_ends]) for name in names]
+        heads.append((SPACE, [end for end, after in self.states["head"].items() if after == END]))  # an empty call
         if self.key_begin is not None:
             key = ([self.key_begin], KEY, [self.begin, self.key_begin, *self.key_ends, *self.head_ends])
             heads += [(*name, *key) for name in names]
             for declared, tool in tools.items():
                 heads += [(SPACE, [declared], SPACE, [*tool.types], SPACE, [*self.key_ends])] if tool.types else []
-        calls: list[tuple[str | list[str], ...]] = [([self.begin], *head) for head in heads]
+        calls: list[tuple[Part, ...]] = [([self.begin], *head) for head in heads]
         found = {self.begin: Lookahead.of(*heads)}
         if self.section is not None:
             found[self.section[0]] = Lookahead.of((SPACE, [self.section[1]]), *((SPACE, *call) for call in calls))

@@ -6,6 +6,8 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
+Part = str | tuple[str, str] | list[str]
+
 
 @dataclasses.dataclass(frozen=True)
 class Lookahead:
@@ -20,11 +22,11 @@ class Lookahead:
     beginning: re.Pattern[str]
 
     @classmethod
-    def of(cls, *alternatives: Sequence[str | Sequence[str]]) -> Lookahead:
+    def of(cls, *alternatives: Sequence[Part]) -> Lookahead:
         """Builds one from alternatives, each a sequence of parts.
 
-        A part is a regular expression whose every beginning it matches too, such as `[a-z]{0,9}`; or, as a list, texts
-        of which one follows.
+        A part is a regular expression whose every beginning it matches too, such as `[a-z]{0,9}`; or two, the second of
+        which matches the beginnings of what the first matches; or, as a list, texts of which one follows.
         """
         whole = "|".join("".join(map(_whole, parts)) for parts in alternatives)
         beginnings = [
@@ -39,11 +41,15 @@ class Lookahead:
         return None if self.beginning.fullmatch(text, at) else False
 
 
-def _whole(part: str | Sequence[str]) -> str:
+def _whole(part: Part) -> str:
+    if isinstance(part, tuple):
+        return part[0]
     return part if isinstance(part, str) else f"(?:{'|'.join(map(re.escape, part))})"
 
 
-def _beginning(part: str | Sequence[str]) -> str:
+def _beginning(part: Part) -> str:
+    if isinstance(part, tuple):
+        return part[1]
     if isinstance(part, str):
         return part
     starts = {text[:size] for text in part for size in range(len(text))}

@@ -58,7 +58,7 @@ def cases(name: str) -> list[tuple[str, dict[str, Any], list[Any]]]:
         "a half of a pair": written(name, "f", '{"a": "\\ud83d"}'),
         "infinite": written(name, "f", '{"a": 1e999}'),
         "not a number": written(name, "f", '{"a": NaN}'),
-        "no name": written(name, "", "{}"),
+        **({} if name == "v3.1" else {"no name": written(name, "", "{}")}),
         **({"a name in two": written(name, "f g", "{}")} if name == "v3" else {}),
         "no separator": form.calls.begin + "f" + close,
         "nothing": form.calls.begin + close,
