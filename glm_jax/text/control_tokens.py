@@ -56,7 +56,7 @@ def unused_characters(values: Any, number: int) -> list[str]:
     found = set(_CANDIDATES)
     for text in _texts(values):
         if not text.isascii():
-            found -= set(text)
+            found -= set(str(text))
         if "\\u" in text:
             found -= {chr(int(digits, 16)) for digits in re.findall(r"\\u([0-9a-fA-F]{4})", text)}
     chosen = list(itertools.islice((character for character in _CANDIDATES if character in found), number))

@@ -77,6 +77,7 @@ class StreamParser:
         self._call: list[str] = []  # the text of the open call, or of the section before its first, delimiters included
         self._space = {_Part.REASONING: "", _Part.CONTENT: ""}  # white space that goes out if text follows it
         self._begun: set[_Part] = set()
+        self._closed = ""  # the delimiter that closed a call, as long as only white space has come after it
         self._line = ""  # the last characters of the answer's current line
 
     def push(self, delta: str) -> list[Event]:
@@ -142,7 +143,7 @@ class StreamParser:
         if self._part is _Part.OPENED:
             return (self._calls.begin, *section[1:])
         begins = (*section[:1], self._calls.begin) if self._parse_tools else ()
-        ends = section[1:] if self._in_section else ()
+        ends = (*(section[1:] if self._in_section else ()), *([self._closed] if self._closed else []))
         if self._think is None:
             return (*begins, *ends)
         opening, closing = self._think
@@ -158,6 +159,8 @@ class StreamParser:
             at: where the text before it begins that is not filed yet.
         """
         delimiter = found.group()
+        if self._part is _Part.CONTENT and delimiter == self._closed:
+            return not self._buffer[at : found.start()].strip()
         if self._part is _Part.CONTENT and self._think is not None and delimiter == self._think[0]:
             line = (self._line + self._buffer[at : found.start()]).rpartition("\n")[2][-LINE_TAIL:]
             if not line.strip():
@@ -182,6 +185,7 @@ class StreamParser:
         if not visible:
             return []
         self._begun.add(part)
+        self._closed = ""
         return [ReasoningDelta(visible) if part is _Part.REASONING else ContentDelta(visible)]
 
     def _switch(self, delimiter: str) -> list[Event]:
@@ -189,6 +193,9 @@ class StreamParser:
         if self._part is _Part.CALL:
             return self._inside(delimiter)
         self._line = ""
+        if delimiter == self._closed:  # written twice
+            return []
+        self._closed = ""
         if self._think is not None and delimiter in self._think:
             self._part = _Part.REASONING if delimiter == self._think[0] else _Part.CONTENT
             self._unclosed = False
@@ -224,6 +231,7 @@ class StreamParser:
         if found is None:
             return [MalformedToolCall(block)]
         self._next_call += 1
+        self._closed = delimiter
         return [found]
 
 

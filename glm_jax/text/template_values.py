@@ -8,7 +8,7 @@ is refused instead.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from glm_jax.errors import TextError
@@ -34,6 +34,13 @@ class Arguments(dict[str, Any]):
 
     def __radd__(self, other: Any) -> str:
         return other + str(self) if isinstance(other, str) else NotImplemented
+
+
+class Text(str):
+    """Content that is text, and one text part where a template goes through its parts."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([{"type": "text", "text": str(self)}] if self else [])
 
 
 class NoContent(str):
@@ -93,6 +100,8 @@ def for_template(message: Mapping[str, Any], where: str, *, arguments_as_text: b
     content = result["content"]
     if content is None or (content == "" and result.get("tool_calls")):
         result["content"] = NoContent()
+    elif isinstance(content, str):
+        result["content"] = Text(content)
     elif isinstance(content, list):
         result["content"] = Parts(content, f"{where}.content")
     if arguments_as_text and result.get("tool_calls"):

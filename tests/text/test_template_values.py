@@ -85,6 +85,17 @@ def test_content_under_every_role_and_filter(role, use):
     assert ChatTemplate(source).render(messages) == "[x][ab][][][]"
 
 
+@pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
+def test_a_template_that_takes_parts_alone(role):
+    source = (
+        "{% for m in messages %}[{% for part in m.content %}{{ part['text'] }}{{ part.type }}{% endfor %}]{% endfor %}"
+    )
+    messages = [{"role": role, "content": content} for content in ("x", PARTS, None)]
+    assert ChatTemplate(source).render(messages) == "[xtext][abtext][]"
+    kinds = "{{ c is string }}{{ c | tojson }}{{ c ~ c[0] ~ c.split('b')[0] }}{{ 'a' in c }}{{ c | length }}"
+    assert ChatTemplate("{% set c = messages[1].content %}" + kinds).render(messages) == 'True"ab"abaaTrue2'
+
+
 def test_content_that_is_absent_beside_calls_is_none_and_text():
     source = "{{ m.content is none }} {{ m.content is not none }} {{ m.content == none }} {{ m.content is string }}"
     template = ChatTemplate("{% set m = messages[0] %}" + source)
