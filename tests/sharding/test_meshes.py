@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
@@ -251,11 +250,11 @@ def test_a_prefill_writes_the_cache_in_place(mesh_of_sizes):
 # --- the implementations of the experts -----------------------------------------------------------------------------
 
 
-def routed_tokens(tokens: int, *, experts: int = 8, choices: int = 3, seed: int = 0) -> tuple[np.ndarray, ...]:
-    """Tokens [8, T/8 or so, D] with choices that leave experts idle, and others crowded."""
-    rng = np.random.default_rng(seed)
+def routed_tokens(tokens: int, *, experts: int = 8, choices: int = 3) -> tuple[np.ndarray, ...]:
+    """Tokens [T, 1, D] with choices that leave half of the experts idle, and the others crowded."""
+    rng = np.random.default_rng(0)
     x = rng.normal(size=(tokens, 1, 16)).astype(np.float32)
-    crowded = np.stack([rng.permutation(experts if seed % 2 else 4)[:choices] for _ in range(tokens)])
+    crowded = np.stack([rng.permutation(experts // 2)[:choices] for _ in range(tokens)])
     weights = rng.uniform(0, 1, (tokens, 1, choices)).astype(np.float32)
     gate_up = rng.normal(size=(experts, 2, 24, 16)).astype(np.float32) / 4
     down = rng.normal(size=(experts, 16, 24)).astype(np.float32) / 4
@@ -270,18 +269,7 @@ def by_numpy(x: np.ndarray, ids: np.ndarray, weights: np.ndarray, gate_up: np.nd
     return result
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 64])
-@pytest.mark.parametrize("name", EXPERTS)
-def test_implementations_agree_on_one_device(name, tokens):
-    ops = with_implementations(CPU, experts=name)
-    for seed in range(2):
-        x, ids, weights, gate_up, down = routed_tokens(tokens, seed=seed)
-        run = jax.jit(lambda *a: run_experts(*a[:3], gate_up=a[3], down=a[4], ops=ops))
-        out = run(x, ids, weights, gate_up, down)
-        np.testing.assert_allclose(out, by_numpy(x, ids, weights, gate_up, down), atol=2e-5)
-
-
-@pytest.mark.parametrize("sizes", [*MESHES.values(), (1, 1, 1)], ids=[*MESHES, "1x1x1"])
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (1, 1, 8)], ids=str)
 @pytest.mark.parametrize("name", EXPERTS)
 def test_implementations_agree_in_a_shard_map(name, mesh_of_sizes, sizes):
     mesh = mesh_of_sizes(sizes)
@@ -301,18 +289,9 @@ def test_implementations_agree_in_a_shard_map(name, mesh_of_sizes, sizes):
     np.testing.assert_allclose(out, by_numpy(x, ids, weights, gate_up, down), atol=2e-5)
 
 
-@pytest.mark.parametrize("name", EXPERTS)
-def test_experts_elsewhere_add_nothing(name):
-    """A device sees ids below 0 and above its own experts: they are others' work."""
-    x, ids, weights, gate_up, down = routed_tokens(16, seed=1)
-    away = np.where(np.arange(3) == 1, ids + 100, np.where(np.arange(3) == 2, ids - 100, ids))
-    ops = with_implementations(CPU, experts=name)
-    options = {"gate_up": jnp.asarray(gate_up), "down": jnp.asarray(down), "ops": ops}
-    out = run_experts(jnp.asarray(x), jnp.asarray(away), jnp.asarray(weights), **options)
-    np.testing.assert_allclose(out, by_numpy(x, ids[..., :1], weights[..., :1], gate_up, down), atol=2e-5)
-
-
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize(
+    "name", [name if name == "block_gmm" else pytest.param(name, marks=pytest.mark.slow) for name in EXPERTS]
+)
 def test_a_whole_model_with_each_implementation(checkpoint, single, mesh_of_sizes, name):
     tokens = published.tokens(8, 9)
     model = glm_jax.load(checkpoint, mesh=mesh_of_sizes((1, 4, 2)), stacked=True)
