@@ -6,7 +6,10 @@ AOT_PYTHON ?= python3.12
 COMPILERS ?= tpu cuda
 ROWS ?= *
 PYTEST_ARGS ?=
-NEWEST_TESTS := $(wildcard tests/kernels) tests/layers tests/model tests/inference
+# Of speculation, nearly all of whose time is compilation, two cases: they generate with and without drafts.
+SPECULATION := tests/inference/test_speculative.py
+NEWEST_TESTS := tests/kernels tests/layers tests/model $(filter-out $(SPECULATION),$(wildcard tests/inference/test_*.py)) \
+  '$(SPECULATION)::test_tokens_of_unequal_prompts[glm4_moe-2]' '$(SPECULATION)::test_tokens_of_unequal_prompts[deepseek_v3-3]'
 VENV_PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
