@@ -33,8 +33,6 @@ STANDS_ON = {
     "evaluation": ("inference", "model"),
     "research": ("inference", "model"),
 }
-# Imports, as (importing module, imported module), that still close a cycle. Temporary: each goes with its cycle.
-KNOWN_CYCLES = {("glm_jax.model.cache", "glm_jax.model.transformer")}
 UNBOUND = "cli"
 WITHOUT_JAX = ("configs", "text", "data")
 JAX_AND_WHAT_IMPORTS_IT = {"jax", "jaxlib", "flax", "optax", "orbax"}
@@ -199,22 +197,7 @@ def test_imports_follow_the_direction():
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    graph = module_graph(PACKAGE)
-    for module, imported in KNOWN_CYCLES:
-        graph[module].discard(imported)
-    expect_none(cycle_faults(graph))
-
-
-def test_known_cycles_exist():
-    expect_none(sorted(f"{each}: breaks no cycle" for each in KNOWN_CYCLES if not _closes_a_cycle(*each)))
-
-
-def _closes_a_cycle(module: str, imported: str) -> bool:
-    graph, found, pending = module_graph(PACKAGE), set(), [imported]
-    while pending:
-        found |= (new := graph[pending.pop()] - found)
-        pending += new
-    return imported in graph[module] and module in found
+    expect_none(cycle_faults(module_graph(PACKAGE)))
 
 
 def test_configs_text_and_data_import_no_jax_at_the_top():
