@@ -21,7 +21,8 @@ from jinja2.sandbox import SecurityError
 
 from glm_jax.errors import TextError
 from glm_jax.text.call_ids import with_canonical_ids
-from glm_jax.text.control_tokens import Guard, unused_characters
+from glm_jax.text.control_tokens import unused_characters
+from glm_jax.text.conversation import SPECIAL_TOKEN_VARIABLES, Conversation, Rendered, without_brackets
 from glm_jax.text.families import Family, family_of
 from glm_jax.text.json_file import read_json_object_if_present, read_text
 from glm_jax.text.messages import check_tools, normalize_messages
@@ -34,42 +35,7 @@ from glm_jax.text.template_environment import (
 )
 from glm_jax.text.template_values import for_template
 
-SPECIAL_TOKEN_VARIABLES = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 KIMI_CALL = "<|tool_call_begin|>"
-
-
-@dataclasses.dataclass(frozen=True)
-class Conversation:
-    """What a template renders, in the one form that all templates take.
-
-    Attributes:
-        messages: see `normalize_messages`.
-        tools: the declared ones; None without any.
-        variables: everything else that the template sees.
-    """
-
-    messages: list[dict[str, Any]]
-    tools: list[Any] | None
-    variables: Mapping[str, Any]
-
-    def guarded(self, guard: Guard) -> Conversation:
-        """The same with texts that can become no control token."""
-        kept = {name: value for name, value in self.variables.items() if name in SPECIAL_TOKEN_VARIABLES}
-        messages = [guard.guard_message(message) for message in self.messages]
-        return Conversation(messages, guard.guard(self.tools), {**guard.guard(self.variables), **kept})
-
-
-@dataclasses.dataclass(frozen=True)
-class Rendered:
-    """A rendered conversation.
-
-    Attributes:
-        text: the prompt.
-        generation: where in the text stands what the assistant writes, by the template's `{% generation %}` blocks.
-    """
-
-    text: str
-    generation: tuple[tuple[int, int], ...] = ()
 
 
 class ChatTemplate:
@@ -282,7 +248,7 @@ class ChatTemplate:
             raise TextError("the messages or tools nest too deeply") from error
         token = GENERATION_BRACKETS.set((before, after))
         try:
-            return _without_brackets(self._templates[name].render(visible), before, after)
+            return without_brackets(self._templates[name].render(visible), before, after)
         except TextError as error:
             raise TextError(f"{self.origin}: {error}") from error
         except SecurityError as error:
@@ -306,26 +272,6 @@ class ChatTemplate:
 
 class _Failed(Exception):
     """A template's expression failed."""
-
-
-def _without_brackets(text: str, before: str, after: str) -> Rendered:
-    """Takes the characters around `{% generation %}` blocks out and says where they stood."""
-    if before not in text:
-        return Rendered(text)
-    parts: list[str] = []
-    spans: list[tuple[int, int]] = []
-    starts: list[int] = []
-    size = 0
-    for i, piece in enumerate(text.replace(after, before + after).split(before)):
-        closes = piece.startswith(after)
-        piece = piece.removeprefix(after)
-        if closes and starts:
-            spans.append((starts.pop(), size))
-        elif i:
-            starts.append(size)
-        parts.append(piece)
-        size += len(piece)
-    return Rendered("".join(parts), tuple(sorted(spans)))
 
 
 def _named_templates(value: Any, path: Path) -> str | dict[str, str]:

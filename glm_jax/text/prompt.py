@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from glm_jax.errors import TextError
-from glm_jax.text.chat_template import ChatTemplate, Conversation, Rendered
+from glm_jax.text.chat_template import ChatTemplate
 from glm_jax.text.control_tokens import Guard, control_tokens, unused_characters
+from glm_jax.text.conversation import Conversation, Rendered
 from glm_jax.text.tokenizer_protocol import Tokenizer
 
 
