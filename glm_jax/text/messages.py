@@ -25,7 +25,8 @@ def normalize_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, 
     Keys that are None and empty tool_calls are dropped. Content that is missing becomes "", except beside tool calls:
     there it is None, which some templates test for, and which prints as nothing. Parts that are all text are joined to
     one text; other parts are left to the template, except in a tool's result, which is text. Thoughts under another
-    name also stand under reasoning_content. Tool arguments given as JSON text become an object that keeps its text.
+    name, or in parts of an assistant's content, also stand under reasoning_content. Tool arguments given as JSON text
+    become an object that keeps its text.
 
     Raises:
         TextError: not a list of dicts, a role that is missing, content of another form, arguments that are not a JSON
@@ -61,6 +62,11 @@ def _normalize_message(message: Mapping[str, Any], where: str) -> dict[str, Any]
     for key in REASONING_KEYS:
         if isinstance(result.get(key), list):
             result[key] = _read_parts(result[key], False, f"{where}.{key}")
+    content = result.get("content")
+    if result["role"] == "assistant" and isinstance(content, list | tuple):
+        found, result["content"] = _without_thoughts(content)
+        if found:
+            result.setdefault("reasoning_content", "".join(found))
     thoughts = next((result[key] for key in REASONING_KEYS if key in result), None)
     if thoughts is not None:
         result["reasoning_content"] = thoughts
@@ -76,6 +82,19 @@ def _normalize_message(message: Mapping[str, Any], where: str) -> dict[str, Any]
         raise TextError(f"{where}.content must be text or a list of parts, not {kind_of(content)}; write it as JSON")
     result["content"] = content
     return result
+
+
+def _without_thoughts(parts: Sequence[Any]) -> tuple[list[str], list[Any]]:
+    """The texts of the parts of an assistant's content that are thoughts, and the other parts."""
+    thoughts: list[str] = []
+    others: list[Any] = []
+    for part in parts:
+        text = part.get("thinking") if isinstance(part, Mapping) and part.get("type") == "thinking" else None
+        if isinstance(text, str):
+            thoughts.append(text)
+        else:
+            others.append(part)
+    return thoughts, others
 
 
 def _read_parts(parts: Sequence[Any], is_result: bool, where: str) -> str | list[Any]:

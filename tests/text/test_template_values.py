@@ -114,6 +114,16 @@ def test_other_parts_are_never_printed_as_python(use):
         ChatTemplate("{% set c = messages[0].content %}" + use).render([{"role": "user", "content": content}])
 
 
+def test_thoughts_in_parts_are_thoughts(glm):
+    parts = [{"type": "thinking", "thinking": "r1", "signature": "s"}, {"type": "text", "text": "a"}]
+    rendered = glm.render([USER, {"role": "assistant", "content": parts}], add_generation_prompt=False)
+    assert rendered.endswith("<|assistant|>\n<think>r1</think>\na")
+    named = {"role": "assistant", "content": parts, "reasoning_content": "r2"}
+    assert "<think>r2</think>\na" in glm.render([USER, named])
+    (called,) = normalize_messages([{"role": "assistant", "content": parts[:1], "tool_calls": [function_call("{}")]}])
+    assert (called["reasoning_content"], called["content"]) == ("r1", "")
+
+
 def test_messages_are_normalised_once():
     messages = [*asked_and_called(PARTS, '"{}"', PARTS), {"role": "assistant", "reasoning": PARTS, "content": None}]
     before = copy.deepcopy(messages)
