@@ -49,7 +49,7 @@ VOCAB = 8192
 PREFILL_LENGTH = 512
 PROMPT_LENGTH = 128
 STEPS = 4  # decode steps a turn
-ROOM = 256  # rows of glm_jax's cache: the prompt and all steps of a phase, rounded up to a power of two
+CACHE_LENGTH = 256  # of glm_jax: the prompt and all steps of a phase, rounded up to a power of two
 PAUSE = 0.02  # seconds between turns: the idle threads of the last one go to sleep
 OURS = ("glm_jax float32", "glm_jax bfloat16")
 
@@ -81,7 +81,7 @@ class GlmJax:
 
     def start(self, tokens: np.ndarray) -> np.ndarray:
         """See `Rival`."""
-        self._state = self._run(tokens, cache_length=ROOM)
+        self._state = self._run(tokens, cache_length=CACHE_LENGTH)
         return np.asarray(self._state.tokens)
 
     def decode(self, steps: int) -> np.ndarray:
