@@ -213,7 +213,7 @@ def measure_prefill(everyone: dict[str, Rival], repeats: int) -> Phase:
 def measure_decode(everyone: dict[str, Rival], batch: int, repeats: int) -> Phase:
     """Time of one decode step of a batch."""
     tokens = np.random.default_rng(batch).integers(0, VOCAB, (batch, PROMPT_LENGTH))
-    repeats = min(repeats, (ROOM - PROMPT_LENGTH) // STEPS // 2 - 1)
+    repeats = min(repeats, (CACHE_LENGTH - PROMPT_LENGTH) // STEPS // 2 - 1)
     firsts = {name: np.vstack([rival.start(tokens), rival.decode(STEPS)]) for name, rival in everyone.items()}
 
     def turn(rival: Rival) -> float:
