@@ -57,13 +57,12 @@ class Conversion:
     def complete(self, partial: Path, done: Mapping[str, Any]) -> None:
         """Write the rest of the checkpoint: the manifest, and the config, tokenizer and template files."""
         records, _ = gather_records(self._hf, done.values())
-        source_layout = next(iter(self._hf.plan.quantized.values()), None)
         kept = {**self._layout.kept, **{name: made for name, (made, _) in self._layout.made.items()}}
         manifest = Manifest(
             self._hf.config,
             records,
             f"glm_jax {VERSION}",
-            source_layout=source_layout,
+            source_layouts=tuple(dict.fromkeys(self._hf.plan.quantized.values())),
             kept=dict(sorted(kept.items())),
         )
         (partial / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1), encoding="utf-8")

@@ -20,6 +20,7 @@ from glm_jax.checkpoint import quantize as quantizing
 from glm_jax.checkpoint.atomic import check_target
 from glm_jax.checkpoint.conversion import Conversion, gather_records
 from glm_jax.checkpoint.files import is_url
+from glm_jax.checkpoint.foreign import check_files
 from glm_jax.checkpoint.journal import Shard, digest
 from glm_jax.checkpoint.layout import Layout, plan_layout
 from glm_jax.checkpoint.orbax_io import OrbaxWriter
@@ -127,6 +128,7 @@ def _plan(
     method = None if quantize is None else quantizing.method(quantize)
     check_target_beside(source, target)
     if not is_url(source) and not Path(source).is_dir():
+        check_files(Path(source).parent, [Path(source).name])
         raise CheckpointError(f"{source} is not a directory; the source is a Hugging Face checkpoint directory")
     hf = HfSource(source, allow_unknown=allow_unknown)
     made, notes = ({}, list[str]()) if method is None else quantizing.choose(hf.config, method)

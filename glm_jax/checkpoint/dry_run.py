@@ -182,7 +182,7 @@ def _source(place: str | Path, config: str | Path | None, allow_unknown: Collect
         )
     content = dict(_config(config))
     if "quantization_config" not in content and any(name.endswith("_scale_inv") for name in files.tensors):
-        content = {**content, "quantization_config": quantization_config(Fp8(_BLOCK, _BLOCK, "_scale_inv"), [])}
+        content = {**content, "quantization_config": quantization_config({Fp8(_BLOCK, _BLOCK, "_scale_inv"): []}, [])}
     return HfSource.of_headers(content, files, allow_unknown=allow_unknown)
 
 

@@ -7,19 +7,20 @@ work: a killed export resumes with the files that it had not finished. Memory ho
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import hashlib
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from glm_jax.checkpoint import quantize as quantizing
+from glm_jax.checkpoint.compressed_tensors import without_static_scales
 from glm_jax.checkpoint.convert import Report, check_target_beside
 from glm_jax.checkpoint.journal import Shard, digest
 from glm_jax.checkpoint.names import TensorMapping, canonical_mappings, fused_mappings
@@ -76,18 +77,18 @@ def export(
     if not is_orbax(directory):
         raise CheckpointError(f"{directory} is no Orbax checkpoint of glm_jax (it has no glm_jax.json)")
     checkpoint = OrbaxSource(directory)
-    tensors, layout, exempt = _plan(checkpoint, weights)
-    plan = [TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+    chosen = _plan(checkpoint, weights)
+    plan = [TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in chosen.tensors.items()]
     manifest = hashlib.sha256((directory / MANIFEST).read_bytes()).hexdigest()
     identity = {"source": manifest, "files": digest([max_shard_bytes, [dataclasses.astuple(spec) for spec in plan]])}
-    config = _config(checkpoint, directory / ASSETS, layout, exempt)
+    config = _config(checkpoint, directory / ASSETS, chosen)
     with resumable_directory(target, identity, Shard()) as work:
         writer = SafetensorsWriter(work.path, plan, max_shard_bytes=max_shard_bytes, resume=True)
         items = [_File(name, writer.file_bytes(name), members) for name, members in writer.files.items()]
         for name in work.done:
             writer.take_over(name)
         work.check_space(items)
-        copier = _Copier(checkpoint, tensors, writer)
+        copier = _Copier(checkpoint, chosen.tensors, writer)
         work.run(items, copier.process, threads=threads or default_threads(), progress=progress)
 
         def complete(_: dict[str, Any]) -> None:
@@ -130,33 +131,46 @@ class _File:
     held: int = _HELD_BYTES
 
 
-def _plan(checkpoint: OrbaxSource, weights: str | None) -> tuple[dict[str, _Tensor], Format | None, list[str]]:
-    """Every tensor to write by name, the format of the quantised ones, and the modules that are not quantised."""
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What is written.
+
+    Attributes:
+        tensors: every tensor by name.
+        quantized: the format of each weight's tensor that is quantised, by its name if it were not.
+        exempt: the names of the matrices that are not.
+    """
+
+    tensors: dict[str, _Tensor]
+    quantized: dict[str, Format]
+    exempt: tuple[str, ...]
+
+
+def _plan(checkpoint: OrbaxSource, weights: str | None) -> _Plan:
+    """Every tensor to write, and in which format the quantised ones are."""
     kept = checkpoint.manifest.kept
-    layout: Format | None
     if weights is None:
-        # A config.json names one format: weights in another (smaller groups) are written as bfloat16.
-        layout = collections.Counter(kept.values()).most_common(1)[0][0] if kept else None
-        chosen = {weight for weight, form in kept.items() if form == layout}
+        chosen = kept
     else:
-        layout = None if weights == BFLOAT16 else quantizing.method(weights)
-        formats = {} if layout is None else quantizing.choose(checkpoint.config, layout)[0]
-        chosen = {weight for weight, form in formats.items() if form == layout}
+        chosen = {} if weights == BFLOAT16 else quantizing.choose(checkpoint.config, quantizing.method(weights))[0]
     tensors: dict[str, _Tensor] = {}
+    quantized: dict[str, Format] = {}
     exempt = []
-    recorded = _recorded_dtypes(checkpoint)
-    for name, mapping in canonical_mappings(checkpoint.config).items():
-        if mapping.weight not in chosen or layout is None:
+    recorded, mappings = _recorded_dtypes(checkpoint), canonical_mappings(checkpoint.config)
+    matrices = {mapping.weight for mapping in mappings.values() if len(mapping.shape) == 2}
+    for name, mapping in mappings.items():
+        layout = chosen.get(mapping.weight)
+        if layout is None:
             tensors[name] = _float_tensor(checkpoint, name, mapping, recorded)
-            exempt.append(name)
-        elif kept.get(mapping.weight) == layout:
+            if mapping.weight in matrices:
+                exempt.append(name)
+            continue
+        quantized[name] = layout
+        if kept.get(mapping.weight) == layout:
             tensors.update(_stored_tensors(checkpoint, name, mapping, recorded))
         else:
             tensors.update(_made_tensors(name, mapping, layout))
-    matrices = {mapping.weight for mapping in canonical_mappings(checkpoint.config).values() if len(mapping.shape) == 2}
-    by_name = canonical_mappings(checkpoint.config)
-    exempt = [name.removesuffix(".weight") for name in exempt if by_name[name].weight in matrices]
-    return tensors, layout, exempt
+    return _Plan(tensors, quantized, tuple(exempt))
 
 
 def _recorded_dtypes(checkpoint: OrbaxSource) -> dict[str, str]:
@@ -173,9 +187,7 @@ def _float_tensor(checkpoint: OrbaxSource, name: str, mapping: TensorMapping, re
     if mapping.weight in checkpoint.manifest.kept:
         return _Tensor(mapping.shape, dtype_name(DEQUANTIZED), mapping, weight=True)
     stored = dtype_name(checkpoint.arrays.spec(mapping.weight).dtype)
-    source = checkpoint.manifest.source_layout
-    dequantized = source is not None and all(name + part.suffix in recorded for part in source.parts)
-    dtype = stored if dequantized else recorded.get(name, stored)
+    dtype = stored if checkpoint.manifest.was_quantized(name) else recorded.get(name, stored)
     if dtype not in FLOAT_DTYPES:
         raise CheckpointError(f"{MANIFEST} is damaged: {name} is {dtype}, not {' or '.join(FLOAT_DTYPES)}")
     return _Tensor(mapping.shape, dtype, mapping)
@@ -264,10 +276,12 @@ class _Held:
             yield self._arrays.read(mapping.weight, (*mapping.index, slice(start, min(start + step, first))))
 
 
-def _config(checkpoint: OrbaxSource, assets: Path, layout: Format | None, exempt: list[str]) -> dict[str, Any]:
+def _config(checkpoint: OrbaxSource, assets: Path, chosen: _Plan) -> dict[str, Any]:
     """config.json: the source's own, with the `quantization_config` of what is written."""
+    part = False
     if (assets / "config.json").exists():
-        content = dict(text_config(read_config_json(assets)))
+        whole = read_config_json(assets)
+        content, part = dict(text_config(whole)), text_config(whole) is not whole
         if content["model_type"] != checkpoint.config.model_type:  # was part of a multimodal model, stands alone now
             dtype = content.get("dtype") or content.get("torch_dtype") or BFLOAT16
             content = to_hf(checkpoint.config, dtype=dtype)
@@ -280,13 +294,32 @@ def _config(checkpoint: OrbaxSource, assets: Path, layout: Format | None, exempt
             if name in checkpoint.arrays.names()
         )
         content = to_hf(checkpoint.config, dtype=dtype)
-    if layout is None:
+    if not chosen.quantized:
         content.pop("quantization_config", None)
-        return content
-    said = read_quantization(content) if "quantization_config" in content else None
-    if said is None or said.layout != layout:
-        content["quantization_config"] = quantization_config(layout, exempt)
+    elif _says(content, chosen, exactly=part):
+        # Scales of activations and of the cache were passed over when the source was converted.
+        content["quantization_config"] = without_static_scales(content["quantization_config"])
+    else:
+        modules: dict[Format, list[str]] = defaultdict(list)
+        for name, layout in chosen.quantized.items():
+            modules[layout].append(name.removesuffix(".weight"))
+        ranked = dict(sorted(modules.items(), key=lambda item: -len(item[1])))
+        exempt = [name.removesuffix(".weight") for name in chosen.exempt]
+        content["quantization_config"] = quantization_config(ranked, exempt)
     return content
+
+
+def _says(content: Mapping[str, Any], chosen: _Plan, *, exactly: bool) -> bool:
+    """Whether a config.json says of each quantised tensor what its format is.
+
+    With `exactly` also of each other one that it is not quantised: names of a multimodal checkpoint may have a prefix
+    there that the tensors no longer have.
+    """
+    said = read_quantization(content)
+    if said is None:
+        return False
+    named = all(layout in said.layouts_of(name) and not said.exempts(name) for name, layout in chosen.quantized.items())
+    return named and not (exactly and any(said.layouts_of(name) and not said.exempts(name) for name in chosen.exempt))
 
 
 def _copy_assets(assets: Path, target: Path, config: dict[str, Any]) -> None:

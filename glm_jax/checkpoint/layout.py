@@ -17,10 +17,10 @@ import numpy as np
 
 from glm_jax.checkpoint.names import LAYER_GROUPS, TensorMapping, canonical_mappings
 from glm_jax.checkpoint.orbax_io import ArraySpec
+from glm_jax.checkpoint.problems import Problems
 from glm_jax.checkpoint.quantize import made_dtype
 from glm_jax.checkpoint.quantized import Format, array_suffixes, stored_mappings
 from glm_jax.checkpoint.source import HfArrays, HfSource, Index, common_dtype
-from glm_jax.checkpoint.validation import Problems
 from glm_jax.model import Transformer
 from glm_jax.sharding import Weight, weights_by_name
 
@@ -121,8 +121,12 @@ def kept_weights(hf: HfSource) -> dict[str, Format]:
         if layouts[0] is not None and all(layout == layouts[0] for layout in layouts):
             kept[weight] = layouts[0]
         elif any(layouts):
-            one, other = (next(n for n in names if (n in hf.plan.quantized) is yes) for yes in (True, False))
-            problems.add("quantised in part, which cannot be kept (dequantize can)", f"{weight} ({one}, not {other})")
+            one, layout = next((n, layout) for n, layout in zip(names, layouts, strict=True) if layout is not None)
+            other, another = next((n, x) for n, x in zip(names, layouts, strict=True) if x != layout)
+            said = f"{weight} ({one}, not {other})"
+            if another is not None:
+                said = f"{weight} ({one} is {layout.describe()}, {other} {another.describe()})"
+            problems.add("quantised in part, which cannot be kept (dequantize can)", said)
     problems.raise_any(hf.config)
     return kept
 
@@ -144,7 +148,7 @@ def _copied(form: HfArrays, name: str, weight: Weight, suffix: str) -> ArraySpec
     dtype = np.dtype(value.dtype) if weight.pinned else common_dtype(form.dtypes(name))
     lead = _lead(name, weight)
     layer = int(name.split(".")[0] in LAYER_GROUPS)
-    if suffix == ".scale" and math.prod(shape[layer:]) * dtype.itemsize <= _MAX_SCALES_BYTES:
+    if suffix in (".scale", ".zero_point") and math.prod(shape[layer:]) * dtype.itemsize <= _MAX_SCALES_BYTES:
         lead = layer
     return ArraySpec(shape, dtype.name, _chunk(shape, lead, dtype.itemsize))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from jax.sharding import Mesh
 
 from glm_jax.checkpoint.directories import open_directory
 from glm_jax.checkpoint.files import is_url
+from glm_jax.checkpoint.foreign import check_files
 from glm_jax.checkpoint.layer_range import LayerRange
 from glm_jax.checkpoint.names import LAYER_GROUPS
 from glm_jax.checkpoint.orbax_source import MANIFEST, OrbaxSource, is_orbax
@@ -57,11 +59,13 @@ def open_source(directory: str | Path, *, allow_unknown: Collection[str] = ()) -
         return _open_url(str(directory), allow_unknown)
     path = Path(directory)
     if not path.is_dir():
+        check_files(path.parent, [path.name])
         raise CheckpointError(f"{path} is not a directory; a checkpoint is an Orbax or a Hugging Face directory")
     if is_orbax(path):
         return OrbaxSource(path)
     if (path / "config.json").exists() or any(path.glob("*.safetensors*")):
         return HfSource(path, allow_unknown=allow_unknown)
+    check_files(path, os.listdir(path))
     raise CheckpointError(
         f"{path} holds no checkpoint: neither glm_jax.json (Orbax) nor config.json with *.safetensors (Hugging Face)"
     )

@@ -37,7 +37,7 @@ MANIFEST = "glm_jax.json"
 ASSETS = "hf"  # config.json, tokenizer and template files, verbatim from the source
 LAYOUT_VERSION = 1
 _MAX_MANIFEST_BYTES = 256 * 2**20
-_RECORDED_DTYPES = (*FLOAT_DTYPES, "F8_E4M3", "I32", "I64")
+_RECORDED_DTYPES = (*FLOAT_DTYPES, "F8_E4M3", "I8", "I32", "I64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,24 +60,31 @@ class Manifest:
         config: the architecture.
         tensors: every tensor of the source by its Hugging Face name.
         producer: what wrote the checkpoint, with its version.
-        source_layout: what the source's quantised matrices were stored as; None if there were none.
+        source_layouts: what the source's quantised matrices were stored as; none if there were none.
         kept: the weights that are kept quantised, with what their arrays are.
     """
 
     config: ModelConfig
     tensors: dict[str, TensorRecord]
     producer: str
-    source_layout: Format | None = None
+    source_layouts: tuple[Format, ...] = ()
     kept: dict[str, Format] = dataclasses.field(default_factory=dict)
+
+    def was_quantized(self, name: str) -> bool:
+        """Whether a weight's tensor was quantised in the source."""
+        firsts = (layout.parts[0] for layout in self.source_layouts)
+        stored = ((first, self.tensors.get(name + first.suffix)) for first in firsts)
+        return any(record is not None and record.dtype in first.dtypes for first, record in stored)
 
     def to_json(self) -> dict[str, Any]:
         """The file's content."""
+        sources = [layout.to_json() for layout in self.source_layouts]
         quantization = {
-            "source": None if self.source_layout is None else self.source_layout.to_json(),
+            "source": sources if len(sources) > 1 else next(iter(sources), None),
             "kept": {name: layout.to_json() for name, layout in self.kept.items()},
         }
         return {
-            **({"quantization": quantization} if self.source_layout or self.kept else {}),
+            **({"quantization": quantization} if self.source_layouts or self.kept else {}),
             "layout_version": LAYOUT_VERSION,
             "producer": self.producer,
             "config": {**to_hf(self.config), "mtp_copies": list(self.config.mtp_copies)},
@@ -111,9 +118,10 @@ def read_manifest(directory: Path) -> Manifest:
         config = dataclasses.replace(from_hf(described), mtp_copies=copies)
         tensors = {name: TensorRecord(**record) for name, record in content["tensors"].items()}
         said = content.get("quantization", {"source": None, "kept": {}})
-        layout = None if said["source"] is None else format_from_json(said["source"])
+        found = said["source"] if isinstance(said["source"], list) else [said["source"]]
+        layouts = tuple(format_from_json(item) for item in found if item is not None)
         kept = {name: format_from_json(item) for name, item in said["kept"].items()}
-        return Manifest(config, tensors, content["producer"], source_layout=layout, kept=kept)
+        return Manifest(config, tensors, content["producer"], source_layouts=layouts, kept=kept)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, ConfigError) as error:
         raise CheckpointError(f"{path} is damaged or missing: {type(error).__name__}: {error}") from None
 
@@ -201,11 +209,10 @@ class OrbaxSource:
 
     def _recorded_dtypes(self) -> dict[str, list[np.dtype]]:
         """The dtypes of the tensors that each weight was made of, as far as the manifest has them."""
-        layout, tensors = self.manifest.source_layout, self.manifest.tensors
+        tensors = self.manifest.tensors
         found: dict[str, list[np.dtype]] = defaultdict(list)
         for name, mapping in (canonical_mappings(self.config) | fused_mappings(self.config)).items():
-            first = None if layout is None else tensors.get(name + layout.parts[0].suffix)
-            if layout is not None and first is not None and first.dtype in layout.parts[0].dtypes:
+            if self.manifest.was_quantized(name):
                 found[mapping.weight].append(DEQUANTIZED)
             elif name in tensors:
                 found[mapping.weight].append(NUMPY_DTYPES[tensors[name].dtype])

@@ -1,41 +1,17 @@
-"""The `quantization_config` of a config.json: which format a source's quantised matrices have.
+"""The `quantization_config` of a config.json: reading those of the known methods, and writing one.
 
-It says how, the tensors say which: a matrix is quantised if its scales are there, and validation holds the two
-against each other. What the activations of the source's own runtime are rounded to is of no concern here.
+What the activations of the source's own runtime are rounded to is of no concern here.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from glm_jax.checkpoint.quantized import Format, Fp8, Int8, PackedInt4
-from glm_jax.errors import ConfigError
-
-# What compressed-tensors takes for a key that is not there.
-_WEIGHT_DEFAULTS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False, "actorder": None}
-
-
-@dataclasses.dataclass(frozen=True)
-class Quantization:
-    """What a config.json says of its quantised matrices.
-
-    Attributes:
-        layout: the tensors that they are stored as.
-        exempt: names of modules that are not quantised.
-        exempt_patterns: and patterns that match the beginning of such names.
-    """
-
-    layout: Format
-    exempt: frozenset[str] = frozenset()
-    exempt_patterns: tuple[re.Pattern[str], ...] = ()
-
-    def exempts(self, weight: str) -> bool:
-        """Whether a weight's module (its name without `.weight`) is not to be quantised."""
-        module = weight.removesuffix(".weight")
-        return module in self.exempt or any(pattern.match(module) for pattern in self.exempt_patterns)
+from glm_jax.checkpoint.compressed_tensors import FLOAT, INTEGER, MIXED, PACKED, read_compressed
+from glm_jax.checkpoint.foreign import named_format
+from glm_jax.checkpoint.quantization import Group, Quantization, require, shown, wrong
+from glm_jax.checkpoint.quantized import Format, Fp8, Int8, PackedInt
 
 
 def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
@@ -48,128 +24,72 @@ def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
     if content is None:
         return None
     if not isinstance(content, Mapping):
-        raise _wrong(f"is {content!r:.200}, not an object")
+        raise wrong(f"is {content!r:.200}, not an object")
     method = content.get("quant_method")
     if not isinstance(method, str) or method not in _METHODS:
-        raise _wrong(f"quant_method {_shown(content, 'quant_method')}; known: {', '.join(_METHODS)}")
+        known = ", ".join(_METHODS)
+        raise wrong(f"quant_method {shown(content, 'quant_method')}; known: {known}; {named_format(method)}")
     return _METHODS[method](content)
 
 
 def _read_fp8(content: Mapping[str, Any]) -> Quantization:
     """DeepSeek's: blocks, whose size the config says. `scale_fmt` restricts the scales' values, not their storage."""
-    _require(content, "fmt", ("e4m3",), default="e4m3")
-    _require(content, "activation_scheme", ("dynamic",), default="dynamic")
+    require(content, "fmt", ("e4m3",), default="e4m3")
+    require(content, "activation_scheme", ("dynamic",), default="dynamic")
     block = content.get("weight_block_size")
     if not isinstance(block, list) or len(block) != 2 or any(type(size) is not int or size < 1 for size in block):
-        raise _wrong(
-            f"weight_block_size {_shown(content, 'weight_block_size')}; two sizes such as [128, 128] are right"
-        )
-    return Quantization(Fp8(block[0], block[1], "_scale_inv"))
+        raise wrong(f"weight_block_size {shown(content, 'weight_block_size')}; two sizes such as [128, 128] are right")
+    return Quantization((Group("all", (Fp8(block[0], block[1], "_scale_inv"),)),))
 
 
-def _read_compressed(content: Mapping[str, Any]) -> Quantization:
-    """compressed-tensors: one format for all quantised modules."""
-    name = content.get("format")
-    if not isinstance(name, str) or name not in _COMPRESSED:
-        raise _wrong(f"format {_shown(content, 'format')}; known for compressed-tensors: {', '.join(_COMPRESSED)}")
-    _require(content, "kv_cache_scheme", (None,), default=None)
-    groups = content.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups:
-        raise _wrong(f"config_groups {_shown(content, 'config_groups')}; an object with at least one group is right")
-    layouts = set()
-    for key, group in groups.items():
-        weights = group.get("weights") if isinstance(group, Mapping) else None
-        if not isinstance(weights, Mapping):
-            raise _wrong(f"config_groups.{key} has no weights")
-        _require(group, "format", (name, None), default=None)
-        layouts.add(_COMPRESSED[name]({**_WEIGHT_DEFAULTS, **weights}))
-    if len(layouts) > 1:
-        raise _wrong(
-            f"has groups of different formats ({', '.join(sorted(x.describe() for x in layouts))}); one is right"
-        )
-    exempt, patterns = _read_ignore(content)
-    return Quantization(layouts.pop(), exempt, patterns)
+_METHODS = {"fp8": _read_fp8, "compressed-tensors": read_compressed}
 
 
-def _read_ignore(content: Mapping[str, Any]) -> tuple[frozenset[str], tuple[re.Pattern[str], ...]]:
-    ignore = content.get("ignore") or []
-    if not isinstance(ignore, list) or not all(isinstance(item, str) for item in ignore):
-        raise _wrong(f"ignore {_shown(content, 'ignore')}; a list of names is right")
-    names = frozenset(item for item in ignore if not item.startswith("re:"))
-    patterns = []
-    for item in ignore:
-        if item not in names:
-            try:
-                patterns.append(re.compile(item.removeprefix("re:")))
-            except (re.error, RecursionError, OverflowError) as error:
-                raise _wrong(f"ignore has {item!r:.200}, which is no regular expression: {error}") from None
-    return names, tuple(patterns)
+def quantization_config(modules: Mapping[Format, Sequence[str]], exempt: Sequence[str]) -> dict[str, Any]:
+    """The `quantization_config` of formats, which `read_quantization` reads.
 
-
-def _channel_fp8(weights: Mapping[str, Any]) -> Format:
-    legal = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
-    for key, value in legal.items():
-        _require(weights, key, (value,), where="weights.")
-    return Fp8(1, None, "_scale")
-
-
-def _packed_int4(weights: Mapping[str, Any]) -> Format:
-    legal = {"num_bits": 4, "type": "int", "symmetric": True, "dynamic": False, "actorder": None}
-    for key, value in legal.items():
-        _require(weights, key, (value,), where="weights.")
-    _require(weights, "strategy", ("group", None), where="weights.", default=None)
-    group = weights.get("group_size")
-    if type(group) is not int or group < 1:
-        raise _wrong(f"weights.group_size {_shown(weights, 'group_size')}; a size such as 32 is right")
-    return PackedInt4(group)
-
-
-def _channel_int8(weights: Mapping[str, Any]) -> Format:
-    legal = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False}
-    for key, value in legal.items():
-        _require(weights, key, (value,), where="weights.")
-    return Int8()
-
-
-def quantization_config(layout: Format, exempt: Sequence[str]) -> dict[str, Any]:
-    """The `quantization_config` of a format, which `read_quantization` reads; `exempt` modules are not quantised."""
-    if isinstance(layout, Fp8) and layout.columns is not None:
-        block = [layout.rows, layout.columns]
-        return {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": block} | (
-            {"modules_to_not_convert": list(exempt)} if exempt else {}
-        )
-    common = {"dynamic": False, "symmetric": True}
-    if isinstance(layout, PackedInt4):
-        name, weights = "pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group"}
-        weights |= {"group_size": layout.group}
-    elif isinstance(layout, Int8):
-        name, weights = "int-quantized", {"num_bits": 8, "type": "int", "strategy": "channel"}
-    else:
-        name, weights = "float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}
+    Args:
+        modules: the modules of each format; those of the first are the linear ones that no other format has.
+        exempt: modules that are not quantised.
+    """
+    first = next(iter(modules))
+    if isinstance(first, Fp8) and first.scale_suffix == "_scale_inv":
+        assert len(modules) == 1, "DeepSeek's blocks have one size"
+        content = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"}
+        block = {"weight_block_size": [first.rows, first.columns]}
+        return {**content, **block, **({"modules_to_not_convert": list(exempt)} if exempt else {})}
+    groups: dict[str, dict[str, Any]] = {}
+    forms = []
+    for number, (layout, names) in enumerate(modules.items()):
+        form, weights = _arguments(layout)
+        groups[f"group_{number}"] = {"targets": ["Linear"] if number == 0 else list(names), "weights": weights}
+        forms.append(form)
+    if len(set(forms)) > 1:
+        for group, form in zip(groups.values(), forms, strict=True):
+            group["format"] = form
     return {
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": common | weights}},
-        "format": name,
+        "config_groups": groups,
+        "format": forms[0] if len(set(forms)) == 1 else MIXED,
         "ignore": list(exempt),
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
     }
 
 
-_METHODS = {"fp8": _read_fp8, "compressed-tensors": _read_compressed}
-_COMPRESSED = {"float-quantized": _channel_fp8, "int-quantized": _channel_int8, "pack-quantized": _packed_int4}
-
-
-def _require(
-    content: Mapping[str, Any], key: str, legal: tuple[Any, ...], *, where: str = "", default: Any = ...
-) -> None:
-    value = content.get(key, default)
-    if not any(value is item or (type(value) is type(item) and value == item) for item in legal):
-        raise _wrong(f"{where}{key} {_shown(content, key)}; known: {', '.join(repr(item) for item in legal)}")
-
-
-def _shown(content: Mapping[str, Any], key: str) -> str:
-    return f"is {content[key]!r:.200}" if key in content else "is missing"
-
-
-def _wrong(what: str) -> ConfigError:
-    return ConfigError(f"config.json: quantization_config: {what}")
+def _arguments(layout: Format) -> tuple[str, dict[str, Any]]:
+    """The format and the arguments of a group of weights, in the words of compressed-tensors."""
+    match layout:
+        case PackedInt():
+            form, bits, kind, symmetric = PACKED, layout.bits, "int", not layout.asymmetric
+        case Int8():
+            form, bits, kind, symmetric = INTEGER, 8, "int", not layout.asymmetric
+        case Fp8():
+            form, bits, kind, symmetric = FLOAT, 8, "float", True
+    weights = {"dynamic": False, "num_bits": bits, "symmetric": symmetric, "type": kind}
+    if layout.rows is None:
+        return form, {**weights, "strategy": "tensor"}
+    if layout.columns is None:
+        return form, {**weights, "strategy": "channel"}
+    if layout.rows == 1:
+        return form, {**weights, "strategy": "group", "group_size": layout.columns}
+    return form, {**weights, "strategy": "block", "block_structure": [layout.rows, layout.columns]}

@@ -17,7 +17,7 @@ import numpy as np
 from glm_jax.checkpoint.names import TensorMapping
 from glm_jax.checkpoint.orbax_io import DTYPES as NUMPY_DTYPES_BY_NAME
 from glm_jax.checkpoint.orbax_io import ArraySpec
-from glm_jax.checkpoint.quantized import Format, Fp8, Index, Int8, PackedInt4, Part, stored_mappings
+from glm_jax.checkpoint.quantized import Format, Fp8, Index, Int8, PackedInt, Part, stored_mappings
 from glm_jax.checkpoint.safetensors import NUMPY_DTYPES
 from glm_jax.configs import ModelConfig
 from glm_jax.errors import CheckpointError, InputError
@@ -27,7 +27,7 @@ from glm_jax.sharding import weights_by_name
 METHODS: dict[str, Format] = {
     "int8": Int8(),
     "fp8": Fp8(1, None, "_scale"),
-    "int4": PackedInt4(128),
+    "int4": PackedInt(4, 128),
     "fp8-blocks": Fp8(128, 128, "_scale_inv"),
 }
 _SLAB_VALUES = 2**22  # quantised at a time
@@ -102,11 +102,12 @@ def choose(config: ModelConfig, layout: Format) -> tuple[dict[str, Format], list
         if not weight.contracting_dims:
             continue
         own, inputs = layout, math.prod(weight.get_raw_value().shape[-weight.contracting_dims :])
-        if isinstance(layout, PackedInt4):
-            own = PackedInt4(math.gcd(layout.group, inputs))
-            if own.group < min(_SMALLEST_GROUP, layout.group):
+        if isinstance(layout, PackedInt) and layout.group is not None:
+            group = math.gcd(layout.group, inputs)
+            if group < min(_SMALLEST_GROUP, layout.group):
                 left.append(name)
                 continue
+            own = dataclasses.replace(layout, group=group)
         chosen[name] = own
     notes = [f"not quantised, for their inputs fill no groups: {', '.join(left)}"] if left else []
     return chosen, notes
@@ -114,7 +115,7 @@ def choose(config: ModelConfig, layout: Format) -> tuple[dict[str, Format], list
 
 def made_dtype(layout: Format, part: Part) -> np.dtype:
     """What this project stores a part of a format in, where a source may use several dtypes."""
-    if part.array == ".scale" and not isinstance(layout, PackedInt4):
+    if part.array == ".scale" and not isinstance(layout, PackedInt):
         return np.dtype(np.float32)
     return NUMPY_DTYPES[part.dtypes[0]]
 
@@ -150,8 +151,8 @@ def quantize_item(
                 raise CheckpointError(f"{name}: {error}; it cannot be quantised") from None
             lost += loss(layout, matrix, parts)
             for part in made:
-                height = layout.rows if isinstance(layout, Fp8) and part.array == ".scale" else 1
-                buffers[part.suffix][number, rows.start // height : -(-rows.stop // height)] = parts[part.suffix]
+                start, stop = layout.part_rows(part.suffix, rows.start, rows.stop)
+                buffers[part.suffix][number, start:stop] = parts[part.suffix]
     for part in made:
         region = (*lead, *(slice(0, size) for size in stored[part.suffix].part_shape))
         shape = tuple(where.stop - where.start for where in region)
@@ -198,6 +199,7 @@ def loss(layout: Format, matrix: np.ndarray, parts: dict[str, np.ndarray]) -> Lo
 
 
 def _fp8(layout: Fp8, values: np.ndarray) -> dict[str, np.ndarray]:
+    assert layout.rows is not None  # rows are quantised apart: none is made with one scale in all
     scale = _scale(_block_maxima(values, layout.rows, layout.columns), _FP8_MAX)
     spread = _spread(scale, values.shape, layout.rows, layout.columns)
     scaled = np.clip(values / spread, -_FP8_MAX, _FP8_MAX)
@@ -210,14 +212,15 @@ def _int8(layout: Int8, values: np.ndarray) -> dict[str, np.ndarray]:
     return {"": rounded.astype(np.int8), layout.scale_suffix: scale}
 
 
-def _int4(layout: PackedInt4, values: np.ndarray) -> dict[str, np.ndarray]:
+def _int4(layout: PackedInt, values: np.ndarray) -> dict[str, np.ndarray]:
     rows, columns = values.shape
-    if columns % layout.group or columns % _PER_WORD:
-        raise ValueError(f"{columns} inputs do not fill groups of {layout.group}")
+    group = layout.group or columns
+    if columns % group or columns % _PER_WORD:
+        raise ValueError(f"{columns} inputs do not fill groups of {group}")
     # The scale is rounded first, so that the values are chosen for the scale that they will be multiplied with.
-    maxima = _scale(_block_maxima(values, 1, layout.group), _INT4_MAX)
+    maxima = _scale(_block_maxima(values, 1, group), _INT4_MAX)
     scale = maxima.astype(ml_dtypes.bfloat16)
-    spread = np.repeat(scale.astype(np.float32), layout.group, axis=1)
+    spread = np.repeat(scale.astype(np.float32), group, axis=1)
     nibbles = (np.clip(np.rint(values / spread), -_INT4_MAX, _INT4_MAX) + 8).astype(np.uint8)
     pairs = nibbles[:, 0::2] | nibbles[:, 1::2] << 4
     return {
@@ -227,7 +230,7 @@ def _int4(layout: PackedInt4, values: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-_QUANTIZERS: dict[type, Callable[..., dict[str, np.ndarray]]] = {Fp8: _fp8, Int8: _int8, PackedInt4: _int4}
+_QUANTIZERS: dict[type, Callable[..., dict[str, np.ndarray]]] = {Fp8: _fp8, Int8: _int8, PackedInt: _int4}
 
 
 def _block_maxima(values: np.ndarray, rows: int, columns: int | None) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Quantised weights as leaves of the model: the values as they are stored, and float32 scales in the weight's own form.
 
-On a CPU the values of FP8 are their bits, and those of int4 take a byte each.
+On a CPU the values of FP8 are their bits, and those of int4 take a byte each. Values that have zero points are those
+less their zero points, where that fits a byte.
 
 A leaf has a scale for each output, or for each output and group of consecutive inputs; what a checkpoint stores are
 blocks of a matrix, or groups of its rows. Blocks are spread over the outputs that they cover, and divided into smaller
@@ -13,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from glm_jax.checkpoint.names import TensorMapping
-from glm_jax.checkpoint.quantized import Format, Fp8, Index, Int8, PackedInt4, rows_and_columns
+from glm_jax.checkpoint.quantized import Format, Fp8, Index, Int8, PackedInt, rows_and_columns
 from glm_jax.checkpoint.source import Source
 from glm_jax.errors import InputError
 from glm_jax.model import Transformer
@@ -30,12 +31,7 @@ from glm_jax.sharding import QuantizedArray, Weight, shardings, weights_by_name
 
 KEEP, DEQUANTIZE = "keep", "dequantize"
 MIN_GROUP = 32  # inputs; below that the scales take as much as int4 values do
-_PER_WORD = 8  # int4 values in an int32
-_DTYPES: dict[type, np.dtype] = {
-    Fp8: np.dtype(ml_dtypes.float8_e4m3fn),
-    Int8: np.dtype(np.int8),
-    PackedInt4: np.dtype(ml_dtypes.int4),
-}
+_FP8, _INT4, _INT8 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.int4), np.dtype(np.int8)
 
 
 def check_choice(quantized: str) -> None:
@@ -77,18 +73,15 @@ class Leaf:
 
     def read_values(self, index: Index) -> np.ndarray:
         """The slice `values[index]`."""
-        if not isinstance(self.layout, PackedInt4):
+        if not isinstance(self.layout, PackedInt):
             return self.source.read_stored(self.weight, index).view(self.dtype)
         lead, inner = self._divide(index)
         rows, columns = rows_and_columns(self.mapping, inner)
-        words = slice(int(columns[0]) // _PER_WORD, int(columns[-1]) // _PER_WORD + 1)
-        packed = self.source.read_stored(self.weight + ".packed", (*lead, _window(rows), words))
-        packed = np.ascontiguousarray(_choose(packed, rows, axis=-2), "<i4").view(np.uint8)
-        nibbles = np.empty((*packed.shape[:-1], 2 * packed.shape[-1]), np.int8)
-        np.bitwise_and(packed, 15, out=nibbles[..., 0::2], casting="unsafe")
-        np.right_shift(packed, 4, out=nibbles[..., 1::2], casting="unsafe")
-        chosen = nibbles[..., columns - words.start * _PER_WORD] - np.int8(8)
-        return chosen.astype(self.dtype, copy=False).reshape([part.stop - part.start for part in index])
+        arrays = {part.suffix: self.weight + part.array for part in self.layout.parts if part.array is not None}
+        windows = self.layout.windows(rows, columns)
+        stored = {suffix: self.source.read_stored(arrays[suffix], (*lead, *at)) for suffix, at in windows.items()}
+        values = self.layout.integers(stored, rows, columns).astype(np.int8)
+        return values.astype(self.dtype, copy=False).reshape([part.stop - part.start for part in index])
 
     def read_scale(self, index: Index) -> np.ndarray:
         """The slice `scale[index]`, spread over the outputs that share it; float32."""
@@ -96,15 +89,19 @@ class Leaf:
         outputs = inner if self.groups is None else inner[:-1]
         sizes = self.mapping.part_shape[len(outputs) :]
         rows, _ = rows_and_columns(self.mapping, (*outputs, *(slice(0, size) for size in sizes)))
-        rows = rows // (self.layout.rows if isinstance(self.layout, Fp8) else 1)
+        shape = [part.stop - part.start for part in index]
+        if self.layout.rows is None:  # one scale for the matrix
+            part = self.source.read_stored(self.weight + ".scale", (*lead, slice(0, 1))).astype(np.float32)
+            return np.broadcast_to(part, (*part.shape[:-1], len(rows))).reshape(shape)
+        rows = rows // self.layout.rows
         columns = np.zeros(1, np.int64)
         if self.groups is not None:
-            block = column_block(self.layout)
+            block = self.layout.columns
             assert block is not None
             columns = np.arange(inner[-1].start, inner[-1].stop) * (self.mapping.shape[1] // self.groups) // block
         part = self.source.read_stored(self.weight + ".scale", (*lead, _window(rows), _window(columns)))
         part = _choose(_choose(part, rows, axis=-2), columns, axis=-1)
-        return part.astype(np.float32).reshape([part.stop - part.start for part in index])
+        return part.astype(np.float32).reshape(shape)
 
     def _divide(self, index: Index) -> tuple[Index, Index]:
         depth = len(self.mapping.index)
@@ -127,13 +124,13 @@ def plan_leaves(source: Source, model: Transformer, mesh: Mesh) -> tuple[dict[st
     """
     weights = weights_by_name(model)
     formats = {name: layout for name, layout in source.quantized_weights().items() if name in weights}
-    dtypes = {layout: model.ops.storage.quantized_dtype(dtype) for layout, dtype in _DTYPES.items()}
+    held = model.ops.storage.quantized_dtype
     # What `fsdp` splits besides, it splits by whole groups.
     placed = shardings(model, mesh, dataclasses.replace(model.rules, fsdp=())) if formats else {}
     leaves: dict[str, Leaf] = {}
     reasons: dict[str, list[str]] = defaultdict(list)
     for name, layout in formats.items():
-        found = _decide(source, name, weights[name], layout=layout, placed=placed[name], dtypes=dtypes)
+        found = _decide(source, name, weights[name], layout=layout, placed=placed[name], held=held)
         if isinstance(found, Leaf):
             leaves[name] = found
         else:
@@ -142,15 +139,17 @@ def plan_leaves(source: Source, model: Transformer, mesh: Mesh) -> tuple[dict[st
     return leaves, tuple(notes)
 
 
-def column_block(layout: Format) -> int | None:
-    """How many inputs of an output share a scale; None for all of them."""
+def leaf_dtype(layout: Format) -> np.dtype | None:
+    """The narrowest dtype that holds what a format's scales multiply; None if that takes more than eight bits."""
     match layout:
         case Fp8():
-            return layout.columns
-        case PackedInt4():
-            return layout.group
+            return _FP8
         case Int8():
-            return None
+            return None if layout.asymmetric else _INT8
+        case PackedInt():
+            # Of symmetric values from -2^(bits-1) on; the difference of two values is below 2^bits.
+            bits = layout.bits + layout.asymmetric
+            return _INT4 if bits <= 4 else _INT8 if bits <= 8 else None
 
 
 def _decide(
@@ -160,20 +159,24 @@ def _decide(
     *,
     layout: Format | None,
     placed: NamedSharding,
-    dtypes: Mapping[type, np.dtype],
+    held: Callable[[Any], np.dtype],
 ) -> Leaf | str:
     """The leaf, or why there is none."""
     if layout is None:
-        return "quantised in some layers or experts only"
+        return "not quantised alike in all layers and experts"
     if not weight.contracting_dims:
         return "the model has no product for it in quantised form"
     mapping, shape = source.mapping(name), weight.get_raw_value().shape
     first, inputs = len(shape) - weight.contracting_dims, mapping.shape[-1]
     if math.prod(shape[first:]) != inputs:
         return "its matrices are not stored by outputs and inputs"
-    block = column_block(layout)
+    dtype = leaf_dtype(layout)
+    if dtype is None:
+        return "values less their zero points take more than eight bits"
+    dtype = held(dtype)
+    block = layout.columns
     if block is None or block >= inputs:
-        return Leaf(source, name, layout, mapping, None, dtypes[type(layout)])
+        return Leaf(source, name, layout, mapping, None, dtype)
     share = placed.shard_shape(shape)
     if share[first + 1 :] != shape[first + 1 :]:
         return "its inputs are split over devices by more than their first dimension"
@@ -181,7 +184,7 @@ def _decide(
     group = math.gcd(block, local)
     if group < min(block, MIN_GROUP):
         return f"groups of {block} do not divide the inputs that a device has of them"
-    return Leaf(source, name, layout, mapping, inputs // group, dtypes[type(layout)])
+    return Leaf(source, name, layout, mapping, inputs // group, dtype)
 
 
 def _window(numbers: np.ndarray) -> slice:

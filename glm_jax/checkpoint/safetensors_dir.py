@@ -17,6 +17,7 @@ import numpy as np
 
 from glm_jax.checkpoint.directories import open_directory
 from glm_jax.checkpoint.files import Directory, Place, quoted, read_small
+from glm_jax.checkpoint.foreign import check_files
 from glm_jax.checkpoint.safetensors import MAX_HEADER_BYTES, SafetensorsFile, TensorInfo, parse_object
 from glm_jax.errors import CheckpointError
 
@@ -53,6 +54,8 @@ class SafetensorsDir:
         names = self._source.names()
         present = [name for name in names if name.endswith(".safetensors")]
         index = read_index(self._source) if INDEX_NAME in names else None
+        if not present:
+            check_files(self.directory, names)
         if index is None:
             chosen, problems = _choose_files(present)
         else:

@@ -5,6 +5,7 @@ A loader asks for the slices that its devices need, never for more. `orbax_sourc
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -17,13 +18,15 @@ import numpy as np
 
 from glm_jax.checkpoint.directories import open_directory
 from glm_jax.checkpoint.files import Directory, read_small
+from glm_jax.checkpoint.foreign import check_config, check_files, check_tensors
 from glm_jax.checkpoint.names import TensorMapping
+from glm_jax.checkpoint.problems import Problems
 from glm_jax.checkpoint.quantization_config import read_quantization
 from glm_jax.checkpoint.quantized import DEQUANTIZED, Format, Index, rows_and_columns, stored_mappings
 from glm_jax.checkpoint.safetensors import NUMPY_DTYPES
 from glm_jax.checkpoint.safetensors_dir import SafetensorsDir
-from glm_jax.checkpoint.text_part import TextPart, has_text_part
-from glm_jax.checkpoint.validation import Problems, plan_source
+from glm_jax.checkpoint.text_part import PREFIX, TextPart, has_text_part
+from glm_jax.checkpoint.validation import plan_source
 from glm_jax.configs import ModelConfig
 from glm_jax.configs.hf import HfConfig, parse_config_json, read_hf
 from glm_jax.configs.hf_nested import text_config
@@ -156,8 +159,8 @@ class HfArrays:
             first = layout.first_row(int(rows[0]))
             stored = {}
             for part, run in zip((part for part in layout.parts if part.array is not None), runs, strict=True):
-                across = self._files.tensors[run.tensor].shape[1]
-                stored[part.suffix] = self._files.read(run.tensor, run[1:]).reshape(-1, across)
+                inner = self._files.tensors[run.tensor].shape[1:]
+                stored[part.suffix] = self._files.read(run.tensor, run[1:]).reshape(-1, *inner)
             layout.dequantize(stored, rows - first, columns, out=out.reshape(len(rows), len(columns)))
         for run in runs:
             self._files.drop(run.tensor, run[1:])
@@ -171,11 +174,12 @@ class HfArrays:
             return
         rows, _ = rows_and_columns(mapping, index)
         first, last = layout.first_row(int(rows[0])), int(rows[-1]) + 1
-        before, inside = (layout.shapes((count, mapping.shape[1])) for count in (first, last - first))
+        shapes = layout.shapes(mapping.shape)
         for part in layout.parts:
             if part.array is not None:
-                skipped, (count, across) = before[part.suffix][0], inside[part.suffix]
-                yield Run(name + part.suffix, skipped * across, (skipped + count) * across)
+                start, stop = layout.part_rows(part.suffix, first, last)
+                across = math.prod(shapes[part.suffix][1:])
+                yield Run(name + part.suffix, start * across, stop * across)
 
     def _read(self, name: str, shape: tuple[int, ...], index: Index) -> np.ndarray:
         """A tensor's elements seen in `shape`, indexed."""
@@ -234,6 +238,7 @@ class HfSource:
         self.directory = open_directory(directory)
         self.config_json = read_config_bytes(self.directory)
         content = parse_config_json(self.config_json, self.directory.at("config.json"))
+        check_config(content)
         read = read_hf(content, allow_unknown=allow_unknown)  # before the files: a wrong config is reported first
         self._account(read, content, SafetensorsDir(self.directory))
         self._check_repeated_shapes()
@@ -241,6 +246,7 @@ class HfSource:
     @classmethod
     def of_headers(cls, content: Mapping[str, Any], files: Any, *, allow_unknown: Collection[str] = ()) -> HfSource:
         """The source with a config.json's content and `files`, which need `tensors` but no data: for plans."""
+        check_config(content)
         source = cls.__new__(cls)
         source._account(read_hf(content, allow_unknown=allow_unknown), content, files)
         return source
@@ -248,8 +254,13 @@ class HfSource:
     def _account(self, read: HfConfig, content: Mapping[str, Any], files: SafetensorsDir) -> None:
         self.files: Files = TextPart(files) if has_text_part(files.tensors) else files
         notes = (*read.notes, *([self.files.note] if isinstance(self.files, TextPart) else []))
+        own = text_config(content)
+        check_tensors(self.files.tensors, own.get("quantization_config"))
+        said = read_quantization(own)
+        if said is not None and isinstance(self.files, TextPart):
+            said = dataclasses.replace(said, prefix=PREFIX)
         try:
-            self.plan = plan_source(read.config, self.files.tensors, read_quantization(text_config(content)))
+            self.plan = plan_source(read.config, self.files.tensors, said)
         except CheckpointError as error:  # perhaps because a key that was left out has another value than the default
             raise CheckpointError("; ".join([str(error), *read.notes])) from None
         self.notes = (*notes, *self.plan.notes)
@@ -317,6 +328,7 @@ def read_config_bytes(directory: Directory) -> bytes:
 
     Raises:
         ConfigError: it is absent, or cannot be read.
+        CheckpointError: it is absent, and the weights are in files of another program.
     """
     place = directory.at("config.json")
     try:
@@ -324,6 +336,7 @@ def read_config_bytes(directory: Directory) -> bytes:
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
     if content is None:
+        check_files(directory.place, directory.names())
         raise ConfigError(f"{place} does not exist; a Hugging Face checkpoint directory has one")
     return content
 

@@ -17,6 +17,7 @@ import numpy as np
 from glm_jax.checkpoint.safetensors import SafetensorsFile, TensorInfo
 from glm_jax.checkpoint.safetensors_dir import SafetensorsDir
 
+PREFIX = "language_model."  # of its modules where config.json names them, such as those that are not quantised
 # The prefixes of a language model's tensors, and what stands there if it is alone; the first that fits counts.
 _PREFIXES = {
     "language_model.model.blocks.": "model.layers.",  # as transformers 5.23 saves Kimi K2.5

@@ -3,14 +3,13 @@
 Whatever does not add up is collected and raised as one error that names it all: a tensor that a converter silently
 drops, or a weight that silently keeps its initial value, is a model that runs and is wrong. A quantised matrix is
 several tensors, all of which must be there and fit; that a matrix is quantised without config.json saying so, or that
-config.json says so and none is, does not add up either.
+config.json says so and none is, does not add up either. Which of several formats a matrix has, its tensors say.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Protocol
 
 from glm_jax.checkpoint.names import (
     TensorMapping,
@@ -18,29 +17,18 @@ from glm_jax.checkpoint.names import (
     fused_mappings,
     is_ignored,
 )
-from glm_jax.checkpoint.quantization_config import Quantization
+from glm_jax.checkpoint.problems import Problems, TensorHeader
+from glm_jax.checkpoint.quantization import Quantization
 from glm_jax.checkpoint.quantized import FLOAT_DTYPES, Format
+from glm_jax.checkpoint.quantized_match import (
+    QUANTIZED_DTYPES,
+    QUANTIZED_SUFFIXES,
+    is_runtime_scale,
+    match_quantized,
+    runtime_notes,
+)
 from glm_jax.checkpoint.settle import settle
 from glm_jax.configs import ModelConfig
-from glm_jax.errors import CheckpointError
-
-# What only a quantised source has: values, and tensors beside or instead of a weight.
-_QUANTIZED_DTYPES = ("F8_E4M3",)
-_QUANTIZED_SUFFIXES = ("_scale_inv", "_scale", "_packed", "_shape")
-
-
-class TensorHeader(Protocol):
-    """What validation needs to know of a tensor: no data."""
-
-    @property
-    def dtype(self) -> str:
-        """The dtype in safetensors' words: BF16, F16, F32, F8_E4M3."""
-        ...
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape as stored."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,21 +72,23 @@ def plan_source(
     """
     config, notes = settle(config, headers)
     canonical, fused = canonical_mappings(config), fused_mappings(config)
-    problems = Problems()
-    quantized, claimed = _match_quantized(quantization, canonical, headers, problems=problems)
+    problems, declared = Problems(), quantization is not None and bool(quantization.layouts)
+    quantized, claimed = match_quantized(quantization, canonical, headers, problems=problems)
     mappings, filled = {name: canonical[name] for name in quantized}, set(quantized)
-    ignored = [name for name in headers if name not in canonical and name not in fused and is_ignored(name)]
+    known = canonical.keys() | fused.keys()
+    ignored = [name for name in headers if name not in known and is_ignored(name)]
+    scales = {name for name in headers if name not in known and is_runtime_scale(name, canonical, quantization)}
     for name, header in headers.items():
-        if name in claimed:
+        if name in claimed or name in scales:
             continue
         mapping = canonical.get(name) or fused.get(name)
         if mapping is None:
             if name not in ignored:
-                _note_unknown(name, canonical, fused, quantization=quantization, problems=problems)
+                _note_unknown(name, canonical, fused, declared=declared, problems=problems)
             continue
         if tuple(header.shape) != mapping.shape:
             problems.add("of the wrong shape", f"{name} is {list(header.shape)}, should be {list(mapping.shape)}")
-        if header.dtype in _QUANTIZED_DTYPES and quantization is None:
+        if header.dtype in QUANTIZED_DTYPES and not declared:
             problems.add(_UNDECLARED, f"{name} is {header.dtype}")
         elif header.dtype not in FLOAT_DTYPES:
             problems.add("of a dtype that is not supported", f"{name} is {header.dtype}, not {', '.join(FLOAT_DTYPES)}")
@@ -111,6 +101,7 @@ def plan_source(
         if name not in filled:
             problems.add("missing", name)
     problems.raise_any(config)
+    notes += runtime_notes(quantization, scales)
     return SourcePlan(config, mappings, tuple(ignored), tuple(notes), quantized)
 
 
@@ -122,94 +113,11 @@ def _note_unknown(
     canonical: Mapping[str, TensorMapping],
     fused: Mapping[str, TensorMapping],
     *,
-    quantization: Quantization | None,
+    declared: bool,
     problems: Problems,
 ) -> None:
-    if any(name.endswith(suffix) and name.removesuffix(suffix) in fused for suffix in _QUANTIZED_SUFFIXES):
+    if any(name.endswith(suffix) and name.removesuffix(suffix) in fused for suffix in QUANTIZED_SUFFIXES):
         problems.add("of quantised experts in one tensor, which is not supported; one for each expert is", name)
         return
-    part = any(name.endswith(suffix) and name.removesuffix(suffix) in canonical for suffix in _QUANTIZED_SUFFIXES)
-    problems.add(_UNDECLARED if part and quantization is None else "not known to this architecture", name)
-
-
-def _match_quantized(
-    quantization: Quantization | None,
-    canonical: Mapping[str, TensorMapping],
-    headers: Mapping[str, TensorHeader],
-    *,
-    problems: Problems,
-) -> tuple[dict[str, Format], set[str]]:
-    """The quantised matrices with what they are stored as, and the names of all their tensors."""
-    quantized: dict[str, Format] = {}
-    claimed: set[str] = set()
-    if quantization is None:
-        return quantized, claimed
-    parts = quantization.layout.parts
-    for name, mapping in canonical.items():
-        found = {part.suffix: headers[name + part.suffix] for part in parts if name + part.suffix in headers}
-        # Values under the weight's own name are quantised by their dtype; everything else only a quantised one has.
-        if not any(suffix or header.dtype in parts[0].dtypes for suffix, header in found.items()):
-            continue
-        claimed.update(name + suffix for suffix in found)
-        if parts[0].suffix in found:
-            quantized[name] = quantization.layout
-        _check_parts(quantization, name, mapping, found=found, problems=problems)
-        if name in headers and name not in claimed:
-            problems.add("stored twice (quantised and not)", name)
-            claimed.add(name)
-    if not quantized and not claimed:
-        said = f"quantization_config says {quantization.layout.describe()} but no tensor is quantised"
-        problems.add("contradicting config.json", f"{said}; remove it if the weights were dequantised")
-    return quantized, claimed
-
-
-def _check_parts(
-    quantization: Quantization,
-    name: str,
-    mapping: TensorMapping,
-    *,
-    found: Mapping[str, TensorHeader],
-    problems: Problems,
-) -> None:
-    if len(mapping.shape) != 2:
-        problems.add("quantised, which only matrices can be", name)
-        return
-    if quantization.exempts(name):
-        problems.add("quantised although quantization_config exempts it (ignore)", name)
-    shapes = quantization.layout.shapes(mapping.shape)
-    for part in quantization.layout.parts:
-        header = found.get(part.suffix)
-        stored = name + part.suffix
-        if header is None:
-            others = ", ".join(name + suffix for suffix in found)
-            problems.add("missing of a quantised matrix", f"{stored} (there is {others})")
-            continue
-        if tuple(header.shape) != shapes[part.suffix]:
-            problems.add(
-                "of the wrong shape", f"{stored} is {list(header.shape)}, should be {list(shapes[part.suffix])}"
-            )
-        if header.dtype not in part.dtypes:
-            problems.add("of the wrong dtype for its part", f"{stored} is {header.dtype}, not {', '.join(part.dtypes)}")
-
-
-class Problems:
-    """Findings by kind, each kind shown with its first few and the number of the rest."""
-
-    _SHOWN = 8
-
-    def __init__(self) -> None:
-        self._found: dict[str, list[str]] = {}
-
-    def add(self, kind: str, item: str) -> None:
-        """Note that `item` is of a kind of trouble."""
-        self._found.setdefault(kind, []).append(item)
-
-    def raise_any(self, config: ModelConfig) -> None:
-        """Raise one CheckpointError with all that was noted, if anything was."""
-        if not self._found:
-            return
-        parts = []
-        for kind, items in self._found.items():
-            rest = f" and {len(items) - self._SHOWN} more" if len(items) > self._SHOWN else ""
-            parts.append(f"{len(items)} {kind}: {', '.join(items[: self._SHOWN])}{rest}")
-        raise CheckpointError(f"the tensors do not fit the {config.model_type} configuration: " + "; ".join(parts))
+    part = any(name.endswith(suffix) and name.removesuffix(suffix) in canonical for suffix in QUANTIZED_SUFFIXES)
+    problems.add(_UNDECLARED if part and not declared else "not known to this architecture", name)

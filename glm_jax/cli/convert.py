@@ -1,7 +1,7 @@
 """Turn a Hugging Face checkpoint into an Orbax checkpoint.
 
 The target appears when it is complete; a conversion that was interrupted goes on with the same command. Dtypes are
-kept, but for quantised weights (FP8, int4), which become bfloat16 unless --quantized=keep, and for what --quantize
+kept, but for quantised weights (FP8, integers), which become bfloat16 unless --quantized=keep, and for what --quantize
 says; the MTP layer, tokenizer and template files go along. With --dry_run nothing is written, and all that would be is
 said, along with all that is wrong. With --verify both sides are read again and compared: a target that is there already
 is compared only.

@@ -75,18 +75,14 @@ def _open(directory: str, allow_unknown: list[str]) -> tuple[str, ModelConfig, C
         for tensor in source.files.tensors.values():
             stored[NUMPY_DTYPES[tensor.dtype].name] += tensor.nbytes
         quantized = source.plan.quantized
-        layout = next(iter(quantized.values()), None)
-        words = (
-            None
-            if layout is None
-            else f"{layout.describe()}, {len(quantized):,} of {len(source.plan.mappings):,} tensors"
-        )
+        said = " and ".join(layout.describe() for layout in dict.fromkeys(quantized.values()))
+        words = f"{said}, {len(quantized):,} of {len(source.plan.mappings):,} tensors" if quantized else None
         return HUGGING_FACE, source.config, stored, words
     for spec in source.arrays.specs().values():
         stored[spec.dtype] += spec.nbytes
-    layout = source.manifest.source_layout
+    said = " and ".join(layout.describe() for layout in source.manifest.source_layouts)
     became = "kept" if source.manifest.kept else "dequantised to bfloat16"
-    return ORBAX, source.config, stored, None if layout is None else f"{layout.describe()}, {became}"
+    return ORBAX, source.config, stored, f"{said}, {became}" if said else None
 
 
 def _declared_bytes(config: ModelConfig) -> Counter[str]:

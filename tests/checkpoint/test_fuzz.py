@@ -26,7 +26,7 @@ from tests import published
 from tests.checkpoint import quantized_sources as sources
 from tests.checkpoint.mutations import mutate
 
-SOURCES = {"glm": None, "deepseek": "deepseek-odd", "kimi": "kimi-32"}
+SOURCES = {"glm": None, "deepseek": "deepseek-odd", "kimi": "kimi-32", "zero points": "int4-asymmetric"}
 ROUNDS = pytest.mark.parametrize(
     ("first", "rounds"), [(0, 12), pytest.param(1000, 150, marks=pytest.mark.slow)], ids=["few", "many"]
 )
@@ -41,7 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if kind is None:
             published.checkpoint(root / name, shards=2)
         else:
-            sources.checkpoint(sources.KINDS[kind]).write(root / name, shards=2)
+            sources.checkpoint((sources.KINDS | sources.COMPRESSED)[kind]).write(root / name, shards=2)
         glm_jax.convert(root / name, root / f"{name}-orbax", quantized="keep")
     return root
 

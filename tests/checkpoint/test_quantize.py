@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from glm_jax.checkpoint import quantize
-from glm_jax.checkpoint.quantized import Fp8, PackedInt4, format_from_json
+from glm_jax.checkpoint.quantized import Fp8, PackedInt, format_from_json
 from glm_jax.errors import InputError
 
 METHODS = quantize.METHODS
@@ -25,7 +25,7 @@ def matrix(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
 def scale_of_every_value(layout, parts: dict[str, np.ndarray], shape: tuple[int, int]) -> np.ndarray:
     """By indexing, value by value."""
     rows, columns = np.indices(shape)
-    if isinstance(layout, PackedInt4):
+    if isinstance(layout, PackedInt):
         return parts["_scale"].astype(np.float32)[rows, columns // layout.group]
     down = layout.rows if isinstance(layout, Fp8) else 1
     across = (layout.columns if isinstance(layout, Fp8) else None) or shape[1]
@@ -33,7 +33,7 @@ def scale_of_every_value(layout, parts: dict[str, np.ndarray], shape: tuple[int,
 
 
 def values_of(layout, parts: dict[str, np.ndarray]) -> np.ndarray:
-    if not isinstance(layout, PackedInt4):
+    if not isinstance(layout, PackedInt):
         return parts[""].astype(np.float32)
     words = parts["_packed"].astype(np.int64)[..., None] & 0xFFFFFFFF
     return ((words >> 4 * np.arange(8)) & 15).reshape(len(words), -1).astype(np.float32) - 8

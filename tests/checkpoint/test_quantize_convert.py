@@ -14,7 +14,7 @@ import glm_jax
 from glm_jax.checkpoint import quantize
 from glm_jax.checkpoint.names import canonical_mappings
 from glm_jax.checkpoint.orbax_source import OrbaxSource
-from glm_jax.checkpoint.quantized import PackedInt4
+from glm_jax.checkpoint.quantized import PackedInt
 from glm_jax.checkpoint.safetensors_dir import SafetensorsDir
 from glm_jax.checkpoint.source import HfSource
 from glm_jax.model import Transformer
@@ -91,7 +91,7 @@ def test_what_is_quantised_and_its_size(source, converted, method):
             assert specs[name].nbytes == size * (4 if name.endswith("router.bias") else 2)
             continue
         assert not any(word in name.replace("attention.q_b", "") for word in spared), name
-        values = specs[name + ".packed"] if isinstance(kept[name], PackedInt4) else specs[name]
+        values = specs[name + ".packed"] if isinstance(kept[name], PackedInt) else specs[name]
         assert values.nbytes == size * BYTES[method]
         assert specs[name + ".scale"].nbytes <= size / 5
 
@@ -140,13 +140,13 @@ def test_quantised_on_the_way_back(source, tmp_path, method):
     glm_jax.export(tmp_path / "plain", tmp_path / "back", weights=method)
     arrays, back = published.read(source), SafetensorsDir(tmp_path / "back")
     found = {name: back.read(name) for name in back.tensors}
-    layout = quantize.method(method)
-    made = 0
+    config, made = HfSource(source).config, 0
+    formats, mappings = quantize.choose(config, quantize.method(method))[0], canonical_mappings(config)
     for name, array in arrays.items():
         if name in found and found[name].dtype == array.dtype:
             np.testing.assert_array_equal(found[name], array)
             continue
-        for suffix, part in quantize.quantize(layout, array).items():
+        for suffix, part in quantize.quantize(formats[mappings[name].weight], array).items():
             np.testing.assert_array_equal(found[name + suffix], part, err_msg=name + suffix)
         made += 1
     assert made > 20

@@ -15,7 +15,8 @@ import glm_jax
 from glm_jax.checkpoint.names import TensorMapping
 from glm_jax.checkpoint.orbax_io import OrbaxReader
 from glm_jax.checkpoint.orbax_source import MANIFEST, OrbaxSource
-from glm_jax.checkpoint.quantized import Fp8, PackedInt4, format_from_json, rows_and_columns
+from glm_jax.checkpoint.quantized import Fp8, Int8, PackedInt, format_from_json, rows_and_columns
+from glm_jax.checkpoint.safetensors import NUMPY_DTYPES
 from glm_jax.checkpoint.source import HfSource
 from glm_jax.errors import InputError
 from glm_jax.sharding import weights_by_name
@@ -30,8 +31,8 @@ MATRICES = [
     (Fp8(1, 1, "_scale_inv"), lambda rng: sources.blocks(rng, (10, 9), (1, 1))),
     (Fp8(1, None, "_scale"), lambda rng: sources.channels(rng, (77, 130))),
     (Fp8(1, None, "_scale"), lambda rng: sources.channels(rng, (77, 130), np.float32)),
-    (PackedInt4(32), lambda rng: sources.packed(rng, (65, 128), 32)),
-    (PackedInt4(20), lambda rng: sources.packed(rng, (33, 101), 20)),
+    (PackedInt(4, 32), lambda rng: sources.packed(rng, (65, 128), 32)),
+    (PackedInt(4, 20), lambda rng: sources.packed(rng, (33, 101), 20)),
 ]
 
 
@@ -259,14 +260,19 @@ def test_a_slice_reads_the_tensors_that_it_lies_in(tmp_path, monkeypatch):
     assert {name.rsplit("_", 1)[0] for name in seen} == set(names)
 
 
-@pytest.mark.parametrize(
-    ("layout", "make"), [MATRICES[0], MATRICES[4], MATRICES[6]], ids=["blocks", "channels", "int4"]
-)
-def test_dequantising_holds_little_beside_its_result(layout, make):
+HELD = [
+    *(Fp8(rows, columns, "_scale") for rows, columns in [(128, 128), (1, None), (None, None), (1, 128)]),
+    *(PackedInt(bits, 128, asymmetric) for bits in (3, 4, 8) for asymmetric in (False, True)),
+    *(Int8(rows, None, asymmetric=True) for rows in (1, None)),
+]
+
+
+@pytest.mark.parametrize("layout", HELD, ids=lambda layout: layout.describe().replace(" ", "-"))
+def test_dequantising_holds_little_beside_its_result(layout):
     """A float32 copy of the matrix would be twice the result."""
     shape = (4096, 2048)
-    rng = np.random.default_rng(0)
-    parts = {s: np.zeros(n, make(rng)[0][s].dtype) for s, n in layout.shapes(shape).items()}
+    dtypes = {part.suffix: NUMPY_DTYPES[part.dtypes[0]] for part in layout.parts}
+    parts = {suffix: np.zeros(size, dtypes[suffix]) for suffix, size in layout.shapes(shape).items()}
     rows, columns, out = np.arange(shape[0]), np.arange(shape[1]), np.empty(shape, BF16)
     tracemalloc.start()
     try:

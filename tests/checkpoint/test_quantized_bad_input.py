@@ -98,7 +98,7 @@ TENSORS: dict[str, tuple[sources.Kind, Callable[[dict[str, np.ndarray]], Any], s
     "another float8": (
         DEEPSEEK,
         lambda t: t.update({DOWN: t[DOWN].view(np.uint8).view("float8_e5m2")}),
-        f"1 of the wrong dtype for its part: {DOWN} is F8_E5M2, not F8_E4M3",
+        f"{DOWN} is F8_E5M2 [64, 32]; float8 e5m2 is not read: take the BF16, FP8 or compressed-tensors repository",
     ),
     "a quantised vector": (
         DEEPSEEK,
@@ -110,10 +110,10 @@ TENSORS: dict[str, tuple[sources.Kind, Callable[[dict[str, np.ndarray]], Any], s
         lambda t: t.update({f"{DOWN}_scale": t.pop(f"{DOWN}_scale_inv")}),
         f"1 not known to this architecture: {DOWN}_scale",
     ),
-    "scales of activations": (
+    "scales of activations of nothing": (
         GLM,
-        lambda t: t.update({DOWN.replace("weight", "input_scale"): np.ones(1, np.float32)}),
-        "1 not known to this architecture: model.layers.1.mlp.experts.3.down_proj.input_scale",
+        lambda t: t.update({"model.layers.1.mlp.experts.9.down_proj.input_scale": np.ones(1, np.float32)}),
+        "1 not known to this architecture: model.layers.1.mlp.experts.9.down_proj.input_scale",
     ),
     "a scale for the whole matrix": (
         GLM,
@@ -235,17 +235,31 @@ CONFIGS: list[tuple[sources.Kind, dict[str, Any], str]] = [
     (GLM, {"format": None}, "format is None; known"),
     (GLM, {"config_groups": {}}, "config_groups is {}"),
     (GLM, {"config_groups": {"a": {}}}, "config_groups.a has no weights"),
-    (GLM, {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme is {'num_bits': 8}; known: None"),
     (GLM, {"ignore": "lm_head"}, "ignore is 'lm_head'; a list of names"),
     (GLM, {"ignore": ["re:("]}, "ignore has 're:(', which is no regular expression"),
-    (GLM, {"weights.strategy": "tensor"}, "weights.strategy is 'tensor'; known: 'channel'"),
-    (GLM, {"weights.num_bits": 4}, "weights.num_bits is 4; known: 8"),
-    (GLM, {"weights.type": "int"}, "weights.type is 'int'; known: 'float'"),
+    (GLM, {"weights.strategy": "token"}, "weights.strategy is 'token'; known: 'tensor', 'channel', 'group', 'block'"),
+    (GLM, {"weights.strategy": "block"}, "weights.block_structure is None; two sizes such as [128, 128]"),
+    (GLM, {"weights.block_structure": [8, 8]}, "weights.block_structure is [8, 8] with the strategy 'channel'"),
+    (GLM, {"weights.group_size": 8}, "weights.group_size is 8 with the strategy 'channel'"),
+    (GLM, {"weights.num_bits": 4}, "weights.num_bits is 4 of the type 'float'; the family of four-bit floats (NVFP4,"),
+    (GLM, {"weights.num_bits": 16}, "weights.num_bits is 16; known: 8"),
+    (GLM, {"weights.type": "int"}, "weights.type is 'int' in the format 'float-quantized'; known: 'float'"),
+    (GLM, {"weights.dynamic": True}, "weights.dynamic is True; known: False"),
+    (GLM, {"weights.rotation": "hadamard"}, "weights.rotation is 'hadamard', which is not known"),
+    (GLM, {"weights.scale_dtype": "torch.uint8"}, "weights.scale_dtype is 'torch.uint8'; the MX family (MXFP4, MXFP8)"),
+    (
+        GLM,
+        {"transform_config": {"config_groups": {"a": {}}}},
+        "transform_config is {'config_groups': {'a': {}}}, which",
+    ),
+    (GLM, {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config is {'format': 'sparse-24-bitmask'}"),
     (GLM, {"weights.symmetric": False}, "weights.symmetric is False; known: True"),
-    (KIMI, {"weights.num_bits": 8}, "weights.num_bits is 8; known: 4"),
+    (KIMI, {"weights.num_bits": 9}, "weights.num_bits is 9; known: 1, 2, 3, 4, 5, 6, 7, 8"),
+    (KIMI, {"weights.type": "float", "weights.num_bits": 8}, "weights.type is 'float' in the format 'pack-quantized'"),
+    (KIMI, {"weights.strategy": "tensor", "weights.group_size": None}, "weights.strategy is 'tensor' in the format"),
     (KIMI, {"weights.group_size": None}, "weights.group_size is None; a size such as 32"),
     (KIMI, {"weights.group_size": -1}, "weights.group_size is -1"),
-    (KIMI, {"weights.actorder": "group"}, "weights.actorder is 'group'; known: None"),
+    (KIMI, {"weights.actorder": "group"}, "weights.actorder is 'group'; known: None, 'weight', 'static'"),
 ]
 
 
@@ -267,9 +281,11 @@ def test_groups_of_different_formats(tmp_path):
     shutil.rmtree(tmp_path / "orbax")
     said["config_groups"]["group_1"]["weights"]["group_size"] = 16
     source = broken(tmp_path, KIMI, lambda tensors: None, quantization_config=said)
-    assert "has groups of different formats (int4 in groups of 16, int4 in groups of 32)" in refused(
-        source, ConfigError
+    line = refused(source, ConfigError)
+    assert (
+        "has groups of different formats (int4 in groups of 16, int4 in groups of 32) for the target 'Linear'" in line
     )
+    assert "group_0 and group_1; one is right" in line
 
 
 @pytest.mark.parametrize("said", [[], "fp8", 8, True])
@@ -385,5 +401,5 @@ def test_an_export_says_what_the_arrays_are_whatever_the_config_said(kept):
         back = kept.with_name(f"back{number}")
         glm_jax.export(kept, back)
         quantization = read_quantization(json.loads((back / "config.json").read_text()))
-        assert quantization is not None and quantization.layout == layout
+        assert quantization is not None and quantization.layouts[0] == layout
         assert HfSource(back).plan.quantized

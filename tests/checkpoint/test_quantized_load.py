@@ -159,7 +159,7 @@ def test_what_cannot_be_a_leaf_is_dequantised_with_a_note(tmp_path, one_device):
     hf, plain = sources.write(tmp_path / "hf", made.config, tensors), made.write_plain(tmp_path / "plain")
     model, expected = glm_jax.load(hf, mesh=one_device), values_of(glm_jax.load(plain, mesh=one_device))
     assert sorted(model.notes) == [
-        "dequantised, because quantised in some layers or experts only: moe.attention.o",
+        "dequantised, because not quantised alike in all layers and experts: moe.attention.o",
         "dequantised, because the model has no product for it in quantised form: mtp.projection",
     ]
     found = values_of(model)

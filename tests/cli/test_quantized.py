@@ -43,6 +43,13 @@ def test_inspect_of_a_source(call, made, fp8, hf):
     assert call("inspect", f"--model={hf}", "--json").json["source_quantization"] is None
 
 
+def test_inspect_names_every_format(call, tmp_path):
+    made, _ = sources.mixed()
+    said = call("inspect", f"--model={made.write(tmp_path / 'hf')}", "--json").json["source_quantization"]
+    for words in ("int4 in groups of 32", "int8 with a scale for each output channel", "fp8 in blocks of 16 x 16"):
+        assert words in said
+
+
 def test_other_words_are_refused(call, fp8, tmp_path):
     said = call("convert", f"--source={fp8}", f"--target={tmp_path / 'out'}", "--quantized=fp8")
     assert "quantized" in said.complaint and "dequantize" in said.complaint
