@@ -239,9 +239,8 @@ class Counted:
 
     def __init__(self, directory: Path) -> None:
         self._source, self.sizes = open_source(directory), list[int]()
-        self.config, self.mapping, self.quantized_weights = (
-            getattr(self._source, name) for name in ("config", "mapping", "quantized_weights")
-        )
+        self.config, self.notes = self._source.config, self._source.notes
+        self.mapping, self.quantized_weights = self._source.mapping, self._source.quantized_weights
 
     def read(self, weight: str, index: Any) -> np.ndarray:
         return self._counted(self._source.read(weight, index))
