@@ -35,14 +35,15 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
 def run(flags: absl_flags.FlagValues) -> dict[str, Any]:
     """Describe --model."""
     need(flags, "model")
-    from glm_jax.cli.loading import named_config
+    from glm_jax.cli.loading import named_preset
     from glm_jax.model import count_parameters
 
-    config = named_config(flags.model)
+    preset = named_preset(flags.model)
     kind, quantization = PRESET, None
-    if config is None:
+    if preset is None:
         kind, config, stored, quantization = _open(flags.model, flags.allow_unknown)
     else:
+        config = preset.config
         stored = _declared_bytes(config)
     counts = count_parameters(config)
     nbytes = sum(stored.values())

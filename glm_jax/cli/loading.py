@@ -70,15 +70,15 @@ def load_model(source: Source, options: dict[str, Any]) -> Transformer:
     return model
 
 
-def named_config(name: str) -> ModelConfig | None:
-    """The preset of that name, or None for a directory.
+def named_preset(name: str) -> configs.Preset | None:
+    """The preset of that name, or None for a directory, which may have a name as on the hub: `zai-org/GLM-4.5-Air`.
 
     Raises:
         CheckpointError: it is neither.
     """
-    if name in configs.names():
-        return configs.get(name)
-    path = Path(name)
+    path, preset = Path(name), configs.find(name)
+    if preset is not None and (name in configs.names() or not path.is_dir()):
+        return preset
     if path.is_dir():
         return None
     what = "a file, not a directory" if path.exists() else "neither a directory nor a known model"

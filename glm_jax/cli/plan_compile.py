@@ -17,7 +17,7 @@ from glm_jax.errors import InputError, ShardingError
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from glm_jax.planning import MeshPlan, Plan
+    from glm_jax.planning import Job, MeshPlan, Plan
     from glm_jax.planning.compile import Estimate, Report
     from glm_jax.planning.warm import Target
 
@@ -61,8 +61,9 @@ def check(flags: absl_flags.FlagValues) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """What to compile: an entry of the plan, its mesh of the compiler's devices, and where to keep programs."""
+    """What to compile: a job, its entry of the plan, its mesh of the compiler's devices, where to keep programs."""
 
+    job: Job
     entry: MeshPlan
     mesh: Mesh
     keep: Target | None
@@ -81,13 +82,14 @@ def choose(flags: absl_flags.FlagValues, plan: Plan) -> Chosen:
 
     check_job(plan.job)
     entry = _entry(flags, plan)
+    job = dataclasses.replace(plan.job, rules=entry.rules)
     data, expert, tensor = entry.mesh.shape.values()
     target = None if flags.gpu_target is None else Path(flags.gpu_target).read_text(encoding="utf-8")
     mesh = mesh_for(plan.cluster, (data, expert, tensor), gpu_target=target, attached=flags.attached)
     if flags.cache is None:
-        return Chosen(entry, mesh, None)
+        return Chosen(job, entry, mesh, None)
     keep = warm.Target(
-        job=plan.job,
+        job=job,
         cluster=plan.cluster,
         sizes=(data, expert, tensor),
         root=flags.cache,
@@ -95,7 +97,7 @@ def choose(flags: absl_flags.FlagValues, plan: Plan) -> Chosen:
         attached=flags.attached,
     )
     warm.check_target(keep, mesh)
-    return Chosen(entry, mesh, keep)
+    return Chosen(job, entry, mesh, keep)
 
 
 def run(flags: absl_flags.FlagValues, plan: Plan, chosen: Chosen) -> dict[str, Any]:
@@ -106,7 +108,7 @@ def run(flags: absl_flags.FlagValues, plan: Plan, chosen: Chosen) -> dict[str, A
 
     axes, planned = dict(chosen.mesh.shape), Estimate.of(chosen.entry.held)
     try:
-        _, report = compile_job(plan.job, chosen.mesh)
+        _, report = compile_job(chosen.job, chosen.mesh)
     except jax.errors.JaxRuntimeError as error:
         refused = {"mesh": axes, "error": str(error).splitlines()[0]}
         if not flags.json:
@@ -136,7 +138,7 @@ def _entry(flags: absl_flags.FlagValues, plan: Plan) -> MeshPlan:
     for refusal in plan.refused:
         if tuple(refusal.mesh.shape.values()) == sizes:
             raise ShardingError(refusal.reason)
-    known = "; ".join(describe(entry.mesh) for entry in plan.meshes)
+    known = "; ".join(dict.fromkeys(describe(entry.mesh) for entry in plan.meshes))
     raise ShardingError(f"mesh {flags.mesh} is not of {plan.cluster.count} devices; these are: {known}")
 
 

@@ -9,6 +9,9 @@ from absl import flags as absl_flags
 
 from glm_jax.errors import InputError
 
+RULES_HELP = (
+    "what to split over which axis of the mesh: default, serve_latency, serve_throughput, train or long_context"
+)
 DTYPES = ("bfloat16", "float16", "float32")
 QUANTIZED = ("keep", "dequantize")
 
@@ -55,8 +58,7 @@ def define_allow_unknown(flags: absl_flags.FlagValues) -> None:
 
 def define_rules(flags: absl_flags.FlagValues) -> None:
     """--rules: for every verb that places weights."""
-    text = "what to split over which axis of the mesh: default, serve_latency, serve_throughput, train or long_context"
-    absl_flags.DEFINE_string("rules", "default", text, flag_values=flags)
+    absl_flags.DEFINE_string("rules", "default", RULES_HELP, flag_values=flags)
 
 
 def define_processes(flags: absl_flags.FlagValues) -> None:

@@ -3,14 +3,17 @@
 Arithmetic over the declared weights and the rules that place them, so that a plan cannot disagree with what loading
 does: the same function lays out the weights, and refuses a mesh in the same words.
 
-    devices    the kinds of accelerators, their memory and speeds, the shapes of TPU slices
+    kinds      the kinds of accelerators as data: their memory and speeds, and where these are published
+    devices    so many of a kind, and the shapes of TPU slices
     job        what is to run: a model, how many sequences of which length, in which dtypes
     meshes     every mesh of a number of devices
     placement  the weights of a job on one mesh, as each device holds them
     memory     bytes of each device by part
     work       arithmetic, traffic and collectives of one step
     roofline   the time of a step and what bounds it
-    plan       all of it for every mesh, ranked
+    plan       all of it for every mesh (a `mesh_plan` each), by one or several placements
+    ranking    their order, and which one to take
+    smallest   the fewest devices that hold a job
 
 And the proof, for which a compiler is needed but no device:
 
@@ -23,8 +26,21 @@ And the proof, for which a compiler is needed but no device:
 
 from __future__ import annotations
 
-from glm_jax.planning.devices import Cluster, Device, Speed, choose_cluster
+from glm_jax.planning.devices import Cluster, choose_cluster, choose_device
 from glm_jax.planning.job import Job
-from glm_jax.planning.plan import MeshPlan, Plan, Refusal, make_plan
+from glm_jax.planning.kinds import Device, Speed
+from glm_jax.planning.mesh_plan import MeshPlan
+from glm_jax.planning.plan import Plan, Refusal, make_plan
 
-__all__ = ["Cluster", "Device", "Job", "MeshPlan", "Plan", "Refusal", "Speed", "choose_cluster", "make_plan"]
+__all__ = [
+    "Cluster",
+    "Device",
+    "Job",
+    "MeshPlan",
+    "Plan",
+    "Refusal",
+    "Speed",
+    "choose_cluster",
+    "choose_device",
+    "make_plan",
+]

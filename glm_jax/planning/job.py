@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from glm_jax.checkpoint.stored_formats import StoredFormats
 from glm_jax.configs import ModelConfig
 from glm_jax.errors import InputError
 from glm_jax.sharding import Rules
@@ -67,6 +68,8 @@ class Job:
         length: tokens of each: of the prompt, of the training row, or that the cache has room for.
         weights: a name of `WEIGHTS`. In less than 16 bits experts and projections are kept; router, norms, biases,
             embedding and head stay bfloat16, in which the arithmetic is.
+        stored: the formats of a checkpoint that is loaded as it is stored: what of it loading keeps quantised is so,
+            and the rest, with the arithmetic, as `weights` says.
         cache: a name of `CACHES`, by default the dtype of the arithmetic.
         rules: where the logical axes go.
 
@@ -79,6 +82,7 @@ class Job:
     batch: int
     length: int
     weights: str = "bfloat16"
+    stored: StoredFormats | None = None
     cache: str | None = None
     rules: Rules = dataclasses.field(default_factory=Rules)
 
@@ -93,15 +97,22 @@ class Job:
             raise InputError(f"--length must be at least 1, not {self.length}")
         if self.length > self.config.max_positions:
             raise InputError(f"--length {self.length} exceeds the model's {self.config.max_positions} positions")
+        if self.stored is not None and self.storage.narrow is not None:
+            raise InputError(f"--weights {self.weights} says what the checkpoint's own formats say; one is enough")
         if self.kind == TRAIN and self.quantized:
-            raise InputError(f"--weights {self.weights} cannot be trained; right would be bfloat16 or float32")
+            raise InputError(f"--weights {self.format} cannot be trained; right would be bfloat16 or float32")
         if self.kind == TRAIN and self.cache is not None:
             raise InputError("--cache_dtype says nothing about training, which keeps no cache")
 
     @property
     def quantized(self) -> bool:
-        """Whether experts and projections are kept in less than 16 bits."""
-        return self.storage.narrow is not None
+        """Whether experts and projections, or some of them, are kept in less than 16 bits."""
+        return self.storage.narrow is not None or (self.stored is not None and self.stored.kind is not None)
+
+    @property
+    def format(self) -> str:
+        """In one word how experts and projections are kept: `bfloat16`, `fp8`, ..."""
+        return self.weights if self.stored is None else self.stored.kind or self.weights
 
     @property
     def storage(self) -> WeightStorage:

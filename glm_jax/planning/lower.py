@@ -22,7 +22,7 @@ from glm_jax.kernels import Ops, ops_for
 from glm_jax.model import Transformer, abstract_cache
 from glm_jax.model.transformer import runtime_model, with_layer_layout
 from glm_jax.planning.job import DECODE, TRAIN, Job
-from glm_jax.planning.placement import abstract_model
+from glm_jax.planning.placement import abstract_model, as_stored
 from glm_jax.sharding import batch_sharding, with_shardings
 from glm_jax.training.batch import Batch
 from glm_jax.training.optimizer import OptimizerConfig, build_optimizer
@@ -76,7 +76,7 @@ def model_on(job: Job, mesh: Mesh, *, stacked: bool | None = None) -> Transforme
     """
     check_job(job)
     if job.quantized:
-        model = abstract_model(job)
+        model, _ = as_stored(abstract_model(job), job, mesh)
         model.rules, model.ops = job.rules, ops_for(mesh)
     else:
         model = runtime_model(job.config, mesh, dtype=job.dtype, rules=job.rules)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from glm_jax.checkpoint.quantized_load import plan_leaves
+from glm_jax.checkpoint.source import Source
+from glm_jax.kernels import ops_for
 from glm_jax.model import Transformer
 from glm_jax.model.allocate import cache_part
 from glm_jax.planning.job import TRAIN, Job, WeightStorage
@@ -120,10 +123,11 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """A job's weights on a mesh; `parts` by name."""
+    """A job's weights on a mesh: `parts` by name, and in `notes` what loading would say of them."""
 
     mesh: Mesh
     parts: dict[str, Part]
+    notes: tuple[str, ...] = ()
 
     def devices(self, axes: MeshAxes) -> int:
         """The number of devices of a group over `axes`."""
@@ -139,9 +143,29 @@ class Placement:
 def abstract_model(job: Job) -> Transformer:
     """The model as a run holds it: without the copies beside the MTP layer, its weights in the dtypes of the job."""
     model = with_dtype(Transformer(dataclasses.replace(job.config, mtp_copies=())), job.dtype)
-    if not job.quantized:
+    if job.storage.narrow is None:
         return model
     return map_weights(lambda _, weight: _quantized(weight, job.storage), model)
+
+
+def as_stored(model: Transformer, job: Job, mesh: Mesh) -> tuple[Transformer, tuple[str, ...]]:
+    """An abstract model as a mesh holds it: of a checkpoint that is loaded as it is stored, what loading keeps so.
+
+    That depends on the mesh, as scales are of groups of inputs that stay together. Also returns loading's notes.
+
+    Raises:
+        ShardingError: the mesh does not divide the model.
+    """
+    if job.stored is None:
+        return model, ()
+    model = map_weights(lambda _, weight: weight.get_raw_value(), model)  # one of its own, to say how it is placed
+    model.rules, model.ops = job.rules, ops_for(mesh)
+    leaves, notes = plan_leaves(cast(Source, job.stored), model, mesh)  # it asks for formats only, and reads nothing
+
+    def held(name: str, weight: Weight) -> Any:
+        return leaves[name].abstract(weight) if name in leaves else weight.get_raw_value()
+
+    return map_weights(held, model), notes
 
 
 def place(model: Transformer, job: Job, mesh: Mesh) -> Placement:
@@ -151,6 +175,7 @@ def place(model: Transformer, job: Job, mesh: Mesh) -> Placement:
         ShardingError: the mesh does not divide the model, in the words of `sharding.with_shardings`.
     """
     parts = {}
+    model, notes = as_stored(model, job, mesh)
     for name, weight in weights_by_name(with_shardings(model, mesh, job.rules)).items():
         value = weight.get_raw_value()
         leaves = jax.tree.leaves(value)  # of a quantised weight values and scales, in this order
@@ -164,7 +189,7 @@ def place(model: Transformer, job: Job, mesh: Mesh) -> Placement:
             nbytes=sum(nbytes(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in leaves),
             matrix=matrix_axes(weight),
         )
-    return Placement(mesh, parts)
+    return Placement(mesh, parts, notes)
 
 
 def cache_parts(model: Transformer, job: Job, mesh: Mesh) -> list[jax.ShapeDtypeStruct]:

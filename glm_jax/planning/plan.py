@@ -1,9 +1,12 @@
-"""A job on a cluster: every mesh, ranked, with its bytes, its time and its room; and why the others are refused."""
+"""A job on a cluster: every mesh, ranked, with its bytes, its time and its room; and why the others are refused.
+
+With several rules each mesh is planned with each of them that places something otherwise than those before it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -13,40 +16,18 @@ from glm_jax.model import Transformer
 from glm_jax.planning.devices import Cluster
 from glm_jax.planning.job import MAX_BATCH, TRAIN, Job
 from glm_jax.planning.memory import Bytes, Optimizer, measure, shares
+from glm_jax.planning.mesh_plan import MeshPlan
 from glm_jax.planning.meshes import meshes
 from glm_jax.planning.placement import Placement, abstract_model, place
-from glm_jax.planning.roofline import Times, step_times
-from glm_jax.planning.work import Work, step_work
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshPlan:
-    """A job on one mesh.
-
-    Attributes:
-        mesh: abstract.
-        held: bytes of each device.
-        fits: they are no more than the device has.
-        largest_batch: of the job's length that still fits, split as evenly as the mesh can; 0 if not one sequence does.
-        largest_length: of the job's batch that still fits; 0 if not one token does.
-        work: of one step of one device.
-        times: of one step; None if the device's speed is not known.
-        notes: what is odd about it, for people.
-    """
-
-    mesh: Mesh
-    held: Bytes
-    fits: bool
-    largest_batch: int
-    largest_length: int
-    work: Work
-    times: Times | None
-    notes: tuple[str, ...]
+from glm_jax.planning.ranking import on_mesh, ranked
+from glm_jax.planning.roofline import step_times
+from glm_jax.planning.work import step_work
+from glm_jax.sharding import Rules
 
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """A mesh that cannot hold the model, and the sentence with which loading refuses it."""
+    """A mesh that cannot hold the model by any of the rules, and the sentence with which loading refuses the first."""
 
     mesh: Mesh
     reason: str
@@ -54,28 +35,73 @@ class Refusal:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All meshes of a cluster: those that work, best first, and those that do not."""
+    """All meshes of a cluster: those that work, best first, and those that do not.
+
+    Attributes:
+        job: with the rules of the first mesh.
+        cluster: the devices.
+        meshes: those that can hold the model, and some of which may not fit; see `ranking`.
+        refused: the others.
+        rules: all that were tried.
+    """
 
     job: Job
     cluster: Cluster
     meshes: tuple[MeshPlan, ...]
     refused: tuple[Refusal, ...]
+    rules: tuple[Rules, ...]
 
 
-def make_plan(job: Job, cluster: Cluster) -> Plan:
-    """Return the plan of a job on a cluster: what fits, by the time of a step; then what does not, by its bytes."""
+def make_plan(job: Job, cluster: Cluster, *, rules: Sequence[Rules] | None = None) -> Plan:
+    """Return the plan of a job on a cluster: what fits, by the time of a step; then what does not, by its bytes.
+
+    Args:
+        job: what to run.
+        cluster: on what.
+        rules: ranked together with the meshes, instead of those of the job (`ranking.candidates` are for its kind).
+    """
+    tried = (job.rules,) if rules is None else tuple(rules)
     model = abstract_model(job)
     optimizer = Optimizer.of(model) if job.kind == TRAIN else None
-    found, refused = [], []
+    found: list[MeshPlan] = []
+    refused = []
     for mesh in meshes(cluster.count, cluster.device.platform):
-        try:
-            placement = place(model, job, mesh)
-        except ShardingError as error:
-            refused.append(Refusal(mesh, str(error)))
+        placed, reasons = _placements(model, job, mesh, tried)
+        for own, placement in placed:
+            found.append(_plan_mesh(_Placed(model, optimizer, placement), own, cluster))
+        if not placed:
+            refused.append(Refusal(mesh, reasons[0]))
+    order = ranked(found, rules=len(tried))
+    chosen = dataclasses.replace(job, rules=order[0].rules if order else tried[0])
+    return Plan(chosen, cluster, tuple(order), tuple(refused), tried)
+
+
+def holds(job: Job, cluster: Cluster, *, rules: Sequence[Rules]) -> bool:
+    """Whether a job fits on any mesh of a cluster by any of the rules: a plan has one that `fits`, and takes longer."""
+    model = abstract_model(job)
+    optimizer = Optimizer.of(model) if job.kind == TRAIN else None
+    for mesh in meshes(cluster.count, cluster.device.platform):
+        for own, placement in _placements(model, job, mesh, rules)[0]:
+            if measure(model, own, placement, optimizer).total <= cluster.device.memory:
+                return True
+    return False
+
+
+def _placements(
+    model: Transformer, job: Job, mesh: Mesh, tried: Sequence[Rules]
+) -> tuple[list[tuple[Job, Placement]], list[str]]:
+    """A mesh by each of the rules that differ on it, and why some of them are refused."""
+    placed, reasons, seen = [], [], set()
+    for rules in tried:
+        if (come_to := on_mesh(rules, mesh)) in seen:
             continue
-        found.append(_plan_mesh(_Placed(model, optimizer, placement), job, cluster))
-    found.sort(key=_rank)
-    return Plan(job, cluster, tuple(found), tuple(refused))
+        seen.add(come_to)
+        own = dataclasses.replace(job, rules=rules)
+        try:
+            placed.append((own, place(model, own, mesh)))
+        except ShardingError as error:
+            reasons.append(str(error))
+    return placed, reasons
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +126,7 @@ def _plan_mesh(placed: _Placed, job: Job, cluster: Cluster) -> MeshPlan:
 
     return MeshPlan(
         mesh=placement.mesh,
+        rules=job.rules,
         held=held,
         fits=held.total <= memory,
         largest_batch=_largest_batch(job, placement, batch_fits),
@@ -108,12 +135,6 @@ def _plan_mesh(placed: _Placed, job: Job, cluster: Cluster) -> MeshPlan:
         times=step_times(work, job, placement, cluster.device),
         notes=tuple(_notes(job, placement)),
     )
-
-
-def _rank(entry: MeshPlan) -> tuple[Any, ...]:
-    by_time = entry.fits and entry.times is not None
-    seconds = entry.times.step if by_time and entry.times is not None else 0.0
-    return not entry.fits, seconds, entry.held.total, tuple(entry.mesh.shape.values())
 
 
 def _largest_batch(job: Job, placement: Placement, fits: Callable[[int], bool]) -> int:
@@ -145,9 +166,10 @@ def _largest(limit: int, fits: Callable[[int], bool]) -> int:
 def _notes(job: Job, placement: Placement) -> list[str]:
     repeats = shares(job, placement).repeats
     if repeats == 1:
-        return []
+        return [*placement.notes]
     axes = job.rules.batch
     return [
+        *placement.notes,
         f"batch {job.batch} does not divide over mesh axis {'x'.join(axes)} = {placement.devices(axes)}: "
-        f"{repeats} devices each compute the same sequences"
+        f"{repeats} devices each compute the same sequences",
     ]

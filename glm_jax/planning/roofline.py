@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from glm_jax.planning.devices import Device, Speed
 from glm_jax.planning.job import Job
+from glm_jax.planning.kinds import Device, Speed
 from glm_jax.planning.meshes import span
 from glm_jax.planning.placement import Placement
 from glm_jax.planning.work import ALL_REDUCE, ALL_TO_ALL, Collective, Work

@@ -88,11 +88,11 @@ def _tpu_devices(kind: str, topology: str) -> tuple[Any, ...]:
 
 @functools.lru_cache(maxsize=8)
 def _gpu_devices(kind: str, count: int, target: str | None) -> tuple[Any, ...]:
+    text = gpu_target(kind) if target is None else target
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         raise InputError(
             f"compiling for {kind} needs the CUDA compiler, which is not installed: pip install 'glm-jax[cuda13]'"
         )
-    text = gpu_target(kind) if target is None else target
     if count > HOST_GPUS and count % HOST_GPUS:
         raise InputError(f"{count} x {kind} are no whole hosts of {HOST_GPUS}, for which the compiler compiles")
     from jax.experimental import topologies

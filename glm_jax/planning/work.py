@@ -137,8 +137,11 @@ def _fsdp(job: Job, placement: Placement, share: Shares) -> list[Collective]:
     """Matrices that FSDP splits, gathered where they are used; or the tokens that move to them and back.
 
     In training two passes gather, and the third sums the gradients and splits them again, which is as many bytes.
+    Matrices of a module that multiply the same tokens (queries, keys, values) share the exchange that moves these:
+    the compiler sees that it is the same one.
     """
-    found = []
+    found: list[Collective] = []
+    moved: set[tuple[str, str | None, tuple[str, ...]]] = set()
     for part in placement.parts.values():
         axes = tuple(axis for axis in part.fsdp if axis in share.token_axes)
         if part.matrix is None or not axes or (job.kind != TRAIN and part.name.startswith("mtp.")):
@@ -154,7 +157,11 @@ def _fsdp(job: Job, placement: Placement, share: Shares) -> list[Collective]:
             continue
         inputs, outputs = (tokens * group * count * size for count in (part.inputs, part.outputs))
         if set(axes) <= set(part.input_axes) and part.owner != "embedding":
-            found += [collective(ALL_TO_ALL, inputs * group), collective(REDUCE_SCATTER, outputs)]
+            reader = (part.name.rpartition(".")[0], part.weight.axes[-1], axes)
+            if reader not in moved:
+                found.append(collective(ALL_TO_ALL, inputs * group))
+            moved.add(reader)
+            found.append(collective(REDUCE_SCATTER, outputs))
         elif part.owner == "embedding":
             indices = tokens * group * 4  # int32
             found += [collective(ALL_GATHER, indices), collective(ALL_TO_ALL, inputs * group)]

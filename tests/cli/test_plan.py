@@ -8,6 +8,7 @@ import pytest
 
 import glm_jax
 from glm_jax.cli.plan import parse_memory
+from glm_jax.cli.plan_figures import parse_rate
 from glm_jax.model import Transformer
 from glm_jax.sharding import with_shardings
 
@@ -45,7 +46,7 @@ def test_the_object_that_scripts_read(call):
 
 
 def test_refusals_are_the_sentences_of_loading(call):
-    planned = call("plan", "--model=tiny-glm", "--device=h200", "--count=8", "--json").json
+    planned = call("plan", "--model=tiny-glm", "--device=h200", "--count=8", "--rules=default", "--json").json
     config = glm_jax.configs.get("tiny-glm")
     # two kv heads: tensor 4 and 8 are refused
     assert {sizes(entry) for entry in planned["refused"]} == {(1, 1, 8), (1, 2, 4), (2, 1, 4)}
@@ -57,7 +58,7 @@ def test_refusals_are_the_sentences_of_loading(call):
 
 def test_memory_alone_gives_bytes_and_no_times(call):
     flags = ["--model=glm-4.5-air", "--memory=80GiB", "--count=8", "--batch=8", "--length=32768"]
-    planned = call("plan", *flags, "--json").json
+    planned = call("plan", *flags, "--rules=default", "--json").json
     assert planned["device"] == {"kind": "any", "count": 8, "topology": None, "memory_bytes": 80 * GIB, "speed": None}
     fitting = {sizes(entry) for entry in planned["meshes"] if entry["fits"]}
     assert (1, 8, 1) in fitting and (8, 1, 1) not in fitting
@@ -68,7 +69,7 @@ def test_memory_alone_gives_bytes_and_no_times(call):
 
 
 def test_the_table_for_people(call):
-    flags = ["--model=glm-4.5", "--device=h200", "--count=8", "--batch=64", "--weights=fp8"]
+    flags = ["--model=glm-4.5", "--device=h200", "--count=8", "--batch=64", "--weights=fp8", "--rules=default"]
     first = call("plan", *flags, "--json").json["meshes"][0]
     said = call("plan", *flags)
     assert said.err == ""
@@ -84,11 +85,12 @@ def test_the_table_for_people(call):
 
 
 def test_what_does_not_fit_and_what_cannot_be(call):
-    out = call("plan", "--model=glm-4.5", "--device=h100", "--count=16", "--weights=float32").out
+    flags = ("--model=glm-4.5", "--device=h100", "--count=16", "--weights=float32", "--rules=default")
+    out = call("plan", *flags).out
     assert "does not fit" in out and "none fits; the smallest: data=1,expert=2,tensor=8" in out
     assert "1 meshes cannot hold the model:" in out
     assert "kv_heads = 8 does not divide over mesh axis tensor = 16" in out
-    out = call("plan", "--model=kimi-k2", "--device=v5p", "--count=512", "--batch=3").out
+    out = call("plan", "--model=kimi-k2", "--device=v5p", "--count=512", "--batch=3", "--rules=default").out
     assert "more (--json has all)" in out
     assert "batch 3 does not divide over mesh axis" in out
 
@@ -119,7 +121,7 @@ def test_every_preset_is_planned(call, model):
 @pytest.mark.parametrize(
     ("text", "size"),
     [
-        ("80", 80),
+        ("80B", 80),
         ("85899345920", 80 * GIB),
         ("80GiB", 80 * GIB),
         ("80gib", 80 * GIB),
@@ -131,12 +133,13 @@ def test_every_preset_is_planned(call, model):
 )
 def test_memory_has_units(text, size):
     assert parse_memory(text) == size
+    assert parse_rate(text, "bandwidth") == parse_rate(f"{text}/s" if text[-1] in "bB" else text, "bandwidth") == size
 
 
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        (["--device=h300"], "no device is called 'h300'; known: h100, h200, b200, v5e, v5p, v6e, tpu7x, cpu"),
+        (["--device=h300"], "no device is called 'h300'; known: h100, h200, b200, b300, gb200, a100, "),
         (["--device=v5p", "--topology=4x4"], "v5p has no topology '4x4'; those of up to 256 chips: 2x2x1, 2x2x2, "),
         (["--device=v5p", "--topology=4x4x4"], "--topology 4x4x4 has 64 chips, --count says 8; one of them is enough"),
         (["--device=h200", "--count=0"], "--count must be at least 1, not 0"),

@@ -46,7 +46,10 @@ def test_people_see_a_chosen_mesh(call):
         (["--job=train", "--compile", "--cache=x"], "--cache keeps the programs of generation; right would be --job"),
         (["--compile", "--mesh=expert=4"], "mesh expert=4 is not of 8 devices; these are: data="),
         (["--compile", "--mesh=pipe=8"], "mesh 'pipe=8': 'pipe=8' is wrong; right would be 'data=1,expert=4,tensor=2'"),
-        (["--compile", "--mesh=tensor=8"], "dense.attention.k: kv_heads = 2 does not divide over mesh axis tensor = 8"),
+        (
+            ["--compile", "--rules=default", "--mesh=tensor=8"],
+            "dense.attention.k: kv_heads = 2 does not divide over mesh axis tensor = 8",
+        ),
         (["--compile", "--memory=1kB"], "--compile proves the first mesh that fits, and none does"),
         (["--compile", "--cache_dtype=int8"], "--cache_dtype int8 is counted only: no program of this version keeps"),
     ],

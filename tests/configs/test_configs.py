@@ -150,6 +150,56 @@ def test_head_dim_may_be_left_out_only_where_it_can_be_told():
         configs.from_hf({**content, "hidden_size": 100})
 
 
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("glm-4.5", "glm-4.5"),
+        ("GLM-4.5-Air", "glm-4.5-air"),
+        ("zai-org/GLM-4.5-Air", "glm-4.5-air"),
+        ("ZAI-ORG/glm-4.5-air-base", "glm-4.5-air-base"),
+        ("THUDM/GLM-4.5", "glm-4.5"),
+        ("hf://zai-org/GLM-4.6", "glm-4.6"),
+        ("zai-org/GLM-4.5-Air-FP8", "glm-4.5-air"),
+        ("GLM-4.7-Flash", "glm-4.7-flash"),
+        ("deepseek-ai/DeepSeek-R1-0528", "deepseek-r1"),
+        ("DeepSeek-V3-BF16", "deepseek-v3"),
+        ("moonshotai/Kimi-K2-Instruct", "kimi-k2"),
+        ("kimi-k2-instruct-0905", "kimi-k2-0905"),
+    ],
+)
+def test_presets_have_their_names_on_the_hub_in_any_case(written, name):
+    found = configs.find(written)
+    assert found is not None and found.name == name
+    assert found.config is configs.get(name) is configs.get(written)
+
+
+@pytest.mark.parametrize(
+    "written", ["", "glm", "fp8", "-fp8", "ckpt/glm-4.5", "/glm-4.5", "zai-org/", "a/zai-org/glm-4.5"]
+)
+def test_other_paths_are_no_presets(written):
+    assert configs.find(written) is None
+
+
+@pytest.mark.parametrize(
+    ("written", "method", "key", "value"),
+    [
+        ("deepseek-v3", "fp8", "weight_block_size", [128, 128]),
+        ("kimi-k2", "fp8", "weight_block_size", [128, 128]),
+        ("zai-org/GLM-4.5-FP8", "compressed-tensors", "format", "float-quantized"),
+    ],
+)
+def test_presets_say_how_they_are_published(written, method, key, value):
+    found = configs.find(written)
+    assert found is not None and found.quantization is not None
+    assert (found.quantization["quant_method"], found.quantization[key]) == (method, value)
+
+
+@pytest.mark.parametrize("written", ["glm-4.5", "zai-org/GLM-4.5-Air", "tiny-glm", "DeepSeek-V3-BF16"])
+def test_others_are_published_in_bfloat16(written):
+    found = configs.find(written)
+    assert found is not None and found.quantization is None
+
+
 def test_an_unknown_preset_names_the_known_ones():
     with pytest.raises(ConfigError, match=r"no model is called 'glm-5'; known: .*glm-4\.5-air"):
         configs.get("glm-5")

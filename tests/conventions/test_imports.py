@@ -28,7 +28,7 @@ STANDS_ON = {
     "inference": ("model",),
     "serving": ("inference", "text"),
     "training": ("model", "data"),
-    "planning": ("training", "inference", "runtime"),
+    "planning": ("training", "inference", "runtime", "checkpoint"),
     "posttrain": ("training", "inference", "text", "data"),
     "evaluation": ("inference", "model"),
     "research": ("inference", "model"),

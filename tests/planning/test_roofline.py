@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 
 from glm_jax import configs
-from glm_jax.planning.devices import DEVICES, Device, Speed
 from glm_jax.planning.job import Job
+from glm_jax.planning.kinds import DEVICES, Device, Speed
 from glm_jax.planning.memory import measure
 from glm_jax.planning.meshes import abstract_mesh
 from glm_jax.planning.placement import abstract_model, place
