@@ -89,6 +89,8 @@ def run(flags: absl_flags.FlagValues) -> dict[str, Any]:
     if cluster is None:
         found = [plan_kinds.plan_kind(job, device, count=count, rules=rules) for device in devices]
         rows = [plan_kinds.kinds_row(model, device, *one) for device, one in zip(devices, found, strict=True)]
+        if flags.compile and found[0][0] is None:
+            raise InputError(f"--compile proves the first mesh that fits, and none does: {found[0][1]}")
         if several or found[0][0] is None:
             if not flags.json:
                 plan_kinds.show_kinds(model, job, weights, rows)

@@ -31,6 +31,8 @@ from glm_jax.planning.job import Job
 from glm_jax.planning.kinds import Device, Speed
 from glm_jax.planning.mesh_plan import MeshPlan
 from glm_jax.planning.plan import Plan, Refusal, make_plan
+from glm_jax.planning.ranking import candidates
+from glm_jax.planning.smallest import smallest_cluster
 
 __all__ = [
     "Cluster",
@@ -40,7 +42,9 @@ __all__ = [
     "Plan",
     "Refusal",
     "Speed",
+    "candidates",
     "choose_cluster",
     "choose_device",
     "make_plan",
+    "smallest_cluster",
 ]

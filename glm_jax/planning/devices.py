@@ -116,8 +116,8 @@ def parse_topology(device: Device, text: str) -> tuple[int, ...]:
     Raises:
         InputError: the kind has no such slice; the message says which it has.
     """
-    if re.fullmatch(r"[1-9][0-9]{0,5}(x[1-9][0-9]{0,5})*", text):
-        shape = tuple(int(size) for size in text.split("x"))
+    if re.fullmatch(r"[1-9][0-9]{0,5}([xX][1-9][0-9]{0,5})*", text):
+        shape = tuple(int(size) for size in text.lower().split("x"))
         if shape in topologies(device):
             return shape
     raise InputError(f"{device.name} has no topology {text!r}; those of up to 256 chips: {_written(device)}")

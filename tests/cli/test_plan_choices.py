@@ -281,6 +281,10 @@ def test_a_device_known_by_its_figures_is_timed(call):
         (["--device=h200,h100", "--compile"], "--compile is of one kind, and --device h200,h100 names 2"),
         (["--device=v5p,v6e", "--topology=2x2"], "--topology is of one kind, and --device v5p,v6e names 2"),
         (["--device=v5p", "--topology=2x2x1", "--count=auto"], "--topology 2x2x1 says how many devices there are"),
+        (
+            ["--memory=1MB", "--count=auto", "--job=train", "--compile"],
+            "--compile proves the first mesh that fits, and none does: fits on no number of them",
+        ),
         (["--device=h200", "--rules=fastest"], "no rules are called 'fastest'; known: default, serve_latency"),
         (["--device=h200", "--model=ckpt/glm-4.5"], "ckpt/glm-4.5 is neither a directory nor a known model; known"),
     ],

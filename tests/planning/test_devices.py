@@ -19,6 +19,7 @@ from glm_jax.planning.kinds import DEVICES, find_device
         ("v5p", "2x2x1", 4),
         ("v5p", "2x2x4", 16),
         ("v5p", "4x4x4", 64),
+        ("v5p", "4X4X4", 64),
         ("v5p", "4x4x8", 128),
         ("v5p", "16x16x24", 6144),
         ("tpu7x", "2x2x1", 8),
@@ -28,7 +29,7 @@ from glm_jax.planning.kinds import DEVICES, find_device
 def test_a_slice_has_its_chips_and_tpu7x_two_devices_each(kind, topology, devices):
     cluster = choose_cluster(kind, topology=topology)
     assert cluster.count == devices
-    assert cluster.topology == tuple(map(int, topology.split("x")))
+    assert cluster.topology == tuple(map(int, topology.lower().split("x")))
 
 
 @pytest.mark.parametrize(

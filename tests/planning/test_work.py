@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -18,6 +19,7 @@ from glm_jax.planning.meshes import abstract_mesh
 from glm_jax.planning.placement import abstract_model, place
 from glm_jax.planning.work import step_work
 from glm_jax.sharding import batch_sharding, rules_named, with_shardings
+from tests.conventions.tree import ROOT
 
 BATCH, LENGTH = 8, 16
 
@@ -73,6 +75,17 @@ def test_collectives_are_those_of_the_compiled_program(mesh_of_sizes, preset, si
         parts = placement.devices(each.axes) if each.kind in ("reduce-scatter", "all-to-all") else 1
         expected[each.kind] += each.times * each.nbytes // parts
     assert +found == +expected
+
+
+@pytest.mark.parametrize("name", ["glm-4.5-v5p-decode", "air-v5p-decode"])
+def test_queries_keys_and_values_share_the_exchange_that_moves_their_tokens(name):
+    kept = json.loads((ROOT / "benchmarks/results/aot" / f"{name}.json").read_text(encoding="utf-8"))
+    row = kept["row"]
+    fields = {key: row[key] for key in ("kind", "batch", "length", "weights")}
+    job = Job(config=configs.get(row["model"]), rules=rules_named(row["rules"]), **fields)
+    work, _ = planned(job, tuple(row["mesh"]))
+    times = sum(each.times for each in work.collectives if each.kind == "all-to-all")
+    assert times == sum(each["times"] for each in kept["report"]["sent"] if each["kind"] == "all-to-all")
 
 
 def test_operations_of_a_decode_step_are_two_for_each_active_parameter_and_the_attention():
