@@ -1,7 +1,7 @@
 """Check this machine, and with --model a checkpoint: versions, devices, the chosen operations, what the files lack.
 
 A warning limits what can be done (a checkpoint without a tokenizer still continues token ids); an error stops it. With
-an error the exit status is 1.
+an error the exit status is 1; where jax finds no devices at all nothing is checked, one line says what to install.
 
 With --compare the checkpoint is held against a Hugging Face directory: the architecture, every tensor, stop ids and
 vocabulary, and, against transformers (which must be installed), the residual stream layer by layer, the experts
@@ -87,15 +87,16 @@ def _versions() -> dict[str, str]:
 
 
 def _devices() -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """Every device with its memory, and the check that there is one."""
+    """Every device with its memory, and a check that counts them.
+
+    Raises:
+        Error: jax finds none; what to install.
+    """
     import jax
 
-    from glm_jax.cli.loading import find_devices
+    from glm_jax.sharding import find_devices
 
-    try:
-        found = find_devices()
-    except Error as error:
-        return [], [_check("devices", ERROR, str(error))]
+    found = find_devices()
     devices = []
     local = {device.id for device in jax.local_devices()}  # the others' memory only their own processes know
     for device in found:
@@ -181,9 +182,8 @@ def _try(name: str, look: Callable[[], tuple[str, str]]) -> dict[str, str]:
 def _quantized_weights(source: doctor_compare.Source) -> list[dict[str, str]]:
     """Of a quantised checkpoint: which weights run as they are stored, on all devices here, and which not."""
     from glm_jax.checkpoint.quantized_load import plan_leaves
-    from glm_jax.cli.loading import find_devices
     from glm_jax.model.transformer import runtime_model
-    from glm_jax.sharding import default_mesh, describe
+    from glm_jax.sharding import default_mesh, describe, find_devices
 
     if not source.quantized_weights():
         return []

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from absl import flags as absl_flags
 from jax.sharding import Mesh
@@ -16,22 +15,10 @@ from glm_jax.checkpoint.load import load_source
 from glm_jax.checkpoint.source import Source
 from glm_jax.cli import printing
 from glm_jax.configs import ModelConfig
-from glm_jax.errors import CheckpointError, Error
+from glm_jax.errors import CheckpointError
 from glm_jax.model import Transformer
 from glm_jax.runtime import keep_programs
-from glm_jax.sharding import default_mesh, parse_mesh, rules_named
-
-
-def find_devices() -> list[jax.Device]:
-    """The devices that jax sees.
-
-    Raises:
-        Error: the platform asked for does not start; in jax's words.
-    """
-    try:
-        return jax.devices()
-    except RuntimeError as error:
-        raise Error(f"jax finds no devices: {str(error).splitlines()[0]}") from error
+from glm_jax.sharding import default_mesh, find_devices, parse_mesh, rules_named
 
 
 def chosen_mesh(flags: absl_flags.FlagValues, config: ModelConfig) -> Mesh:

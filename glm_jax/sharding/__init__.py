@@ -12,6 +12,7 @@ from glm_jax.sharding.activation import (
     shard_local,
     shift_left,
 )
+from glm_jax.sharding.devices import find_devices
 from glm_jax.sharding.mesh import default_mesh, describe, make_mesh, parse_mesh, platform
 from glm_jax.sharding.presets import PRESETS, rules_named
 from glm_jax.sharding.quantized import PackedBfloat16, QuantizedArray, WeightArray, as_array
@@ -35,6 +36,7 @@ __all__ = [
     "default_mesh",
     "describe",
     "embedding_lookup",
+    "find_devices",
     "local_size",
     "make_mesh",
     "map_weights",

@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh
 
 from glm_jax.configs import ModelConfig
 from glm_jax.errors import ShardingError
+from glm_jax.sharding.devices import find_devices
 
 DATA = "data"
 EXPERT = "expert"
@@ -28,11 +29,12 @@ def make_mesh(*, data: int = 1, expert: int = 1, tensor: int = 1, devices: Seque
 
     Raises:
         ShardingError: a size is not positive, or there are not enough devices.
+        Error: jax has no devices at all; the message says what to install.
     """
     sizes = (data, expert, tensor)
     if min(sizes) < 1:
         raise ShardingError(f"mesh {describe_sizes(sizes)}: every axis must be at least 1")
-    available = jax.devices() if devices is None else list(devices)
+    available = find_devices() if devices is None else list(devices)
     needed = math.prod(sizes)
     if needed > len(available):
         raise ShardingError(f"mesh {describe_sizes(sizes)} needs {needed} devices; there are {len(available)}")
@@ -70,7 +72,7 @@ def mesh_sizes(text: str) -> tuple[int, int, int]:
 
 def default_mesh(config: ModelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Return a mesh over as many of the devices as the model can be split over: experts first, then heads."""
-    available = jax.devices() if devices is None else list(devices)
+    available = find_devices() if devices is None else list(devices)
     count = len(available)
     heads, widths = config.attention.split_heads, math.gcd(config.mlp_width, config.moe.expert_width)
 
@@ -92,7 +94,7 @@ def platform(mesh: Mesh | None = None) -> str:
     """
     abstract = jax.sharding.get_abstract_mesh() if mesh is None else mesh.abstract_mesh
     device = abstract.abstract_device
-    name = jax.default_backend() if device is None else device.platform
+    name = find_devices()[0].platform if device is None else device.platform
     return "gpu" if name in ("cuda", "rocm") else name
 
 
