@@ -86,7 +86,7 @@ def convert(
         shard: this process among several that share the conversion: "0/4" to "3/4". The last to end completes it.
         verified: read both sides again and compare them (as `verify`) before the target gets its name.
         threads: items converted at a time; by default what suits the cores.
-        progress: called with the bytes done and the bytes in all.
+        progress: called with the bytes done and the bytes in all, which with `verified` are those of both passes.
 
     Raises:
         CheckpointError: the source is not complete or not consistent, cannot be read, or changed since the conversion
@@ -97,6 +97,7 @@ def convert(
     """
     started = time.monotonic()
     share = Shard.parse(shard) if isinstance(shard, str) else shard
+    copying, comparing = _two_passes(progress) if verified else (progress, None)
     hf, layout, notes = _plan(source, target, quantized=quantized, quantize=quantize, allow_unknown=allow_unknown)
     with resumable_directory(target, _identity(hf, layout), share) as work:
         work.check_space(layout.items)
@@ -107,14 +108,21 @@ def convert(
             writer.close()
             conversion.complete(work.path, done)
             if verified:
-                check_equal(source, work.path, threads=threads, allow_unknown=allow_unknown)
+                check_equal(source, work.path, threads=threads, progress=comparing, allow_unknown=allow_unknown)
 
-        work.run(layout.items, conversion.process, threads=threads or default_threads(), progress=progress)
+        work.run(layout.items, conversion.process, threads=threads or default_threads(), progress=copying)
         complete = work.finish(layout.items, finish)
         records, losses = gather_records(hf, work.done.values())
     nbytes = sum(hf.files.tensors[name].nbytes for name in records)
     seconds, all_notes = time.monotonic() - started, (*_notes(hf, records), *notes)
     return Report(len(records), nbytes, seconds, all_notes, complete=complete, losses=losses)
+
+
+def _two_passes(progress: Progress | None) -> tuple[Progress | None, Progress | None]:
+    """The progress of a conversion and of the comparison after it, as halves of one whole."""
+    if progress is None:
+        return None, None
+    return (lambda done, total: progress(done, 2 * total)), (lambda done, total: progress(total + done, 2 * total))
 
 
 def _plan(

@@ -89,10 +89,15 @@ def verify(
 
 
 def check_equal(
-    source: str | Path, target: str | Path, *, threads: int | None = None, allow_unknown: Collection[str] = ()
+    source: str | Path,
+    target: str | Path,
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    allow_unknown: Collection[str] = (),
 ) -> None:
     """Raise CheckpointError with the first differences if `verify` finds any."""
-    problems = verify(source, target, threads=threads, allow_unknown=allow_unknown).problems
+    problems = verify(source, target, threads=threads, progress=progress, allow_unknown=allow_unknown).problems
     if problems:
         more = f" and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise CheckpointError(f"{target} is not what {source} holds: {'; '.join(problems[:_SHOWN])}{more}")

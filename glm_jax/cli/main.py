@@ -15,17 +15,16 @@ import importlib
 import io
 import json
 import os
-import signal
 import sys
 import textwrap
-import threading
 from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 from absl import flags as absl_flags
 
 import glm_jax
-from glm_jax.cli import printing
+from glm_jax.cli import interrupts, printing
+from glm_jax.cli.interrupts import INTERRUPTED
 
 # Verb -> its module, and what it does. `inspect` would hide the standard library's module from a script beside it.
 VERBS = {
@@ -39,7 +38,6 @@ VERBS = {
 }
 ALONE = ("inspect",)  # read headers, each process for itself: none waits for another
 USER_ERROR = 2
-INTERRUPTED = 130
 BROKEN_PIPE = 141
 WIDTH = 100
 
@@ -65,7 +63,8 @@ def _status(arguments: list[str]) -> int:
         sys.stdout.flush()
         return status
     except KeyboardInterrupt as interrupt:
-        print(*getattr(interrupt, "__notes__", ()), sep="\n", file=sys.stderr)
+        notes = getattr(interrupt, "__notes__", ())
+        print("; ".join([interrupts.LINE, *notes]), file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # Whoever read stdout is gone; python must not try to flush the rest at exit.
@@ -93,7 +92,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     _parse(name, arguments, flags)
     _load_libraries()
-    with _processes(name, flags):
+    with interrupts.raise_exceptions(), _processes(name, flags):
         with _stdout_kept_for_json(flags.json):
             result = verb.run(flags)
         if flags.json:
@@ -123,20 +122,10 @@ def _parse(name: str, arguments: list[str], flags: absl_flags.FlagValues) -> Non
 
 
 def _load_libraries() -> None:
-    """Import jax and what stands on it, with Ctrl-C ending the process at once.
-
-    There is nothing to undo yet, and in the middle of their start libraries of machine code lose exceptions, or crash.
-    """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    ours = in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if ours:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
+    """Import jax and what stands on it."""
+    with interrupts.end_the_process():
         for module in ("glm_jax.checkpoint", "glm_jax.serving"):
             importlib.import_module(module)
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _processes(name: str, flags: absl_flags.FlagValues) -> contextlib.AbstractContextManager[None]:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+SECONDS_TO_THE_FIRST_LINE = 3.0
 SECONDS_BETWEEN_LINES = 10.0
 _silent = False
 
@@ -50,7 +51,10 @@ def columns(rows: Sequence[Sequence[str]], *, indent: str = "") -> str:
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields a function of (bytes done, bytes in all): a bar on a terminal, elsewhere a line every ten seconds."""
+    """Yields a function of (bytes done, bytes in all): a bar on a terminal, elsewhere lines.
+
+    They come after a few seconds, then every ten, and at the end, so that the log of a batch job tells how far it is.
+    """
     if _silent or not sys.stderr.isatty():
         yield _Lines(what)
         return
@@ -71,12 +75,14 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
 class _Lines:
     def __init__(self, what: str) -> None:
         self._what = what
-        self._started = self._last = time.monotonic()
+        self._started = time.monotonic()
+        self._next: float | None = self._started + SECONDS_TO_THE_FIRST_LINE  # None after the last
 
     def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self._last < SECONDS_BETWEEN_LINES:
+        now, ended = time.monotonic(), done >= total
+        if self._next is None or (now < self._next and not ended):
             return
-        self._last = now
-        rate = format_bytes(done / (now - self._started))
-        notice(f"{self._what}: {format_bytes(done)} of {format_bytes(total)} ({done / total:.0%}), {rate}/s")
+        self._next = None if ended else now + SECONDS_BETWEEN_LINES
+        rate = format_bytes(done / max(now - self._started, 1e-9))
+        share = done / total if total else 1.0
+        notice(f"{self._what}: {format_bytes(done)} of {format_bytes(total)} ({share:.0%}), {rate}/s")

@@ -38,7 +38,7 @@ def find_devices() -> list[jax.Device]:
 
 def _reason(error: Exception) -> str:
     """Why jax does not start, and what to do about it."""
-    asked = jax.config.jax_platforms
+    asked = jax.config.values["jax_platforms"]
     words = " ".join(str(error).split()).partition(" (set JAX_PLATFORMS")[0] or "none of its platforms has a device"
     if not asked:
         return f"jax finds no devices: {words}"
