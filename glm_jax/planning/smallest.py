@@ -27,7 +27,7 @@ def smallest_cluster(job: Job, device: Device, *, rules: Sequence[Rules]) -> Clu
         device: the kind.
         rules: any of which may place it.
     """
-    least = math.ceil(_arrays(job) / device.memory)
+    least = math.ceil(_arrays(job, device) / device.memory)
     most = min(MAX_DEVICES, _PATIENCE * max(least, 8))
     for cluster in clusters(device):
         if cluster.count > most:
@@ -37,9 +37,9 @@ def smallest_cluster(job: Job, device: Device, *, rules: Sequence[Rules]) -> Clu
     return None
 
 
-def _arrays(job: Job) -> int:
-    """Bytes of all that a run keeps, each array held once: no mesh needs fewer."""
+def _arrays(job: Job, device: Device) -> int:
+    """Bytes of all that a run keeps, each array held once, as such a device holds it: no mesh needs fewer."""
     model = abstract_model(job)
     optimizer = Optimizer.of(model) if job.kind == TRAIN else None
-    held = measure(model, job, place(model, job, abstract_mesh((1, 1, 1))), optimizer)
+    held = measure(model, job, place(model, job, abstract_mesh((1, 1, 1), device.platform)), optimizer)
     return held.weights + held.cache + held.gradients + held.optimizer

@@ -159,7 +159,9 @@ def test_training_dequantises(call):
         ("hf://zai-org/GLM-4.5", "glm-4.5", None),
         ("zai-org/GLM-4.5-Air-FP8", "glm-4.5-air", "fp8 with a scale for each output channel"),
         ("deepseek-ai/DeepSeek-V3-0324", "deepseek-v3", "fp8 in blocks of 128 x 128"),
+        ("deepseek-ai/DeepSeek-V3.1", "deepseek-v3.1", "fp8 in blocks of 128 x 128"),
         ("moonshotai/Kimi-K2-Instruct-0905", "kimi-k2-0905", "fp8 in blocks of 128 x 128"),
+        ("moonshotai/Kimi-K2-Thinking", "kimi-k2-thinking", "int4 in groups of 32"),
     ],
 )
 def test_models_by_their_names_on_the_hub(call, written, preset, stored):

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from glm_jax import configs
+from glm_jax.checkpoint.stored_formats import StoredFormats
 from glm_jax.errors import ShardingError
 from glm_jax.planning import Job, choose_cluster, make_plan, smallest_cluster
 from glm_jax.planning.devices import clusters
@@ -111,6 +112,21 @@ def test_no_smaller_cluster_holds_the_job(kind, memory, device):
     few = [cluster for cluster in clusters(own) if cluster.count <= 32]
     first = next((cluster for cluster in few if fits(cluster)), None)
     assert first == (found if found is not None and found.count <= 32 else None)
+
+
+@pytest.mark.parametrize(("name", "device"), [("kimi-k2-thinking", "h200"), ("deepseek-v3.1", "b200")])
+def test_no_smaller_cluster_holds_a_published_checkpoint(name, device):
+    preset = configs.find(name)
+    assert preset is not None
+    stored = StoredFormats.declared(preset.config, {"quantization_config": preset.quantization})
+    job = Job(config=preset.config, kind="decode", batch=8, length=4096, stored=stored)
+    rules = candidates("decode")
+    found = smallest_cluster(job, DEVICES[device], rules=rules)
+    assert found is not None and found.count <= 8
+    for cluster in clusters(DEVICES[device]):
+        assert any(each.fits for each in make_plan(job, cluster, rules=rules).meshes) is (cluster == found)
+        if cluster == found:
+            break
 
 
 def test_what_repeats_on_every_device_fits_on_no_number_of_them():
