@@ -146,6 +146,9 @@ class OrbaxSource:
         self._mappings = _one_mapping_each(self.config) if self.manifest.kept else {}
         self._check_arrays(Path(directory))
 
+    def __repr__(self) -> str:
+        return f"OrbaxSource({self.config.model_type}, {len(self.arrays.specs())} arrays)"
+
     def read(self, weight: str, index: Index) -> np.ndarray:
         """The slice `weight[index]` from the chunks that it touches; bfloat16 of a weight that is kept quantised."""
         layout = self.manifest.kept.get(weight)

@@ -243,6 +243,9 @@ class HfSource:
         self._account(read, content, SafetensorsDir(self.directory))
         self._check_repeated_shapes()
 
+    def __repr__(self) -> str:
+        return f"HfSource({self.config.model_type}, {len(self.files.tensors)} tensors)"
+
     @classmethod
     def of_headers(cls, content: Mapping[str, Any], files: Any, *, allow_unknown: Collection[str] = ()) -> HfSource:
         """The source with a config.json's content and `files`, which need `tensors` but no data: for plans."""

@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
+from glm_jax.configs.notebook import field_rows, html_table
 from glm_jax.errors import ConfigError
 
 
@@ -175,6 +176,9 @@ class ModelConfig:
         problems = list(_problems(self))
         if problems:
             raise ConfigError("the model configuration is not possible: " + "; ".join(problems))
+
+    def _repr_html_(self) -> str:
+        return html_table(f"ModelConfig({self.model_type})", field_rows(self))
 
     @property
     def num_moe_layers(self) -> int:

@@ -20,6 +20,7 @@ import numpy as np
 from glm_jax.configs import read_config_json
 from glm_jax.errors import CheckpointError, Error
 from glm_jax.evaluation.trace import EMBEDDING, FINAL_NORM, MTP, Trace, layer_name
+from glm_jax.sharding import short_repr
 
 HOW_TO_INSTALL = "pip install 'torch>=2.6' 'transformers>=5.0' into the Python that runs glm-jax"
 
@@ -54,6 +55,8 @@ class ReferenceTrace(Trace):
     first_attention: np.ndarray
     logits: np.ndarray
     mtp_logits: np.ndarray | None
+
+    __repr__ = short_repr
 
 
 class TransformersReference:

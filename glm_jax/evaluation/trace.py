@@ -18,7 +18,7 @@ from glm_jax.layers.context import ForwardContext
 from glm_jax.model import Output, Transformer, stack
 from glm_jax.model.decoder_layer import DecoderLayer, MtpLayer
 from glm_jax.model.transformer import check_tokens, forward
-from glm_jax.sharding import batch_sharding
+from glm_jax.sharding import batch_sharding, short_repr
 
 EMBEDDING, FINAL_NORM, MTP = "embedding", "final norm", "MTP layer"
 
@@ -40,6 +40,8 @@ class Trace:
 
     stream: dict[str, np.ndarray]
     experts: dict[str, np.ndarray]
+
+    __repr__ = short_repr
 
 
 def trace(model: Transformer, tokens: Any, *, mtp: bool = False, given: Trace | None = None) -> Trace:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from glm_jax.configs import ModelConfig
 from glm_jax.errors import InputError
@@ -54,7 +54,7 @@ class Sampling:
                 f"speculative decoding is greedy: speculative {self.speculative} needs temperature 0, "
                 f"not {self.temperature}"
             )
-        object.__setattr__(self, "stop", tuple(_integer(token, "stop") for token in self.stop))
+        object.__setattr__(self, "stop", _stop_ids(self.stop))
 
     @property
     def greedy(self) -> bool:
@@ -62,12 +62,15 @@ class Sampling:
         return self.temperature == 0
 
 
-def check_prompts(prompts: Iterable[Sequence[int]], config: ModelConfig, max_new_tokens: int) -> list[list[int]]:
+def check_prompts(prompts: object, config: ModelConfig, max_new_tokens: int) -> list[list[int]]:
     """Return the prompts as lists of ints.
 
     Raises:
-        InputError: a prompt is empty, holds what is no token of the vocabulary, or leaves no room for the new tokens.
+        InputError: they are no list, or a prompt is empty, holds what is no token of the vocabulary, or leaves no room
+            for the new tokens.
     """
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
+        raise InputError(f"prompts are {type(prompts).__name__}, not a list of lists of token ids, as [[5, 6, 7]]")
     checked = []
     for number, prompt in enumerate(prompts):
         if isinstance(prompt, str | bytes) or not hasattr(prompt, "__iter__"):
@@ -107,6 +110,14 @@ def check_steps_per_call(steps: int | None, max_new_tokens: int) -> int | None:
         InputError: they are no positive integer.
     """
     return None if steps is None else min(_bounded(steps, "steps_per_call", 1), max_new_tokens)
+
+
+def _stop_ids(stop: object) -> tuple[int, ...]:
+    if isinstance(stop, str | bytes) or not isinstance(stop, Iterable):
+        raise InputError(
+            f"stop: {stop!r} is no list of token ids; right would be a list of them, such as stop=[5], or () for none"
+        )
+    return tuple(_integer(token, "stop") for token in stop)
 
 
 def _bounded(value: object, name: str, low: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 
+from glm_jax.errors import InputError
 from glm_jax.inference.acceptance import Acceptance
 from glm_jax.inference.config import Sampling, check_prompts, check_speculative, check_steps_per_call
 from glm_jax.inference.runner import Runner
@@ -59,11 +60,12 @@ def generate(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
-        stop=tuple(stop),
+        stop=stop,  # type: ignore[arg-type]  # which makes a tuple of it, and refuses what is no list
         speculative=speculative,
     )
-    results: list[list[int]] = [[] for _ in prompts]
+    results: list[list[int]] = []
     for new in stream(model, prompts, sampling):
+        results = results or [[] for _ in new]
         for result, tokens in zip(results, new, strict=True):
             result.extend(tokens)
     return results
@@ -79,6 +81,9 @@ class Stream(Iterator[list[list[int]]]):
     def __init__(self, batches: Iterator[tuple[list[list[int]], Acceptance]], drafts: int) -> None:
         self.acceptance = Acceptance.none(drafts)
         self._batches = batches
+
+    def __repr__(self) -> str:
+        return f"Stream({self.acceptance!r})"
 
     def __next__(self) -> list[list[int]]:
         new, acceptance = next(self._batches)
@@ -108,6 +113,8 @@ def stream(
     Raises:
         InputError: a prompt or a setting is not possible; at once, not at the first token.
     """
+    if not isinstance(model, Transformer):
+        raise InputError(f"model is {type(model).__name__}, not a model; right would be glm_jax.load(DIRECTORY)")
     checked = check_prompts(prompts, model.config, sampling.max_new_tokens)
     check_speculative(sampling, model.config)
     steps = check_steps_per_call(steps_per_call, sampling.max_new_tokens)

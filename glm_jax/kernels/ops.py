@@ -52,7 +52,7 @@ class Operation:
     """
 
     name: str
-    function: Callable[..., Any]
+    function: Callable[..., Any] = dataclasses.field(repr=False)
     local: bool = False
 
     def __call__(self, *operands: Any, **options: Any) -> Any:
@@ -93,7 +93,7 @@ class ByLoad:
     """Implementations of the routed experts, chosen when a pass is traced."""
 
     name: str
-    choose: Callable[[Load], Operation]
+    choose: Callable[[Load], Operation] = dataclasses.field(repr=False)
 
 
 Implementation = Operation | ByLoad | Storage

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from glm_jax.sharding import all_gather_dim, axes_of
+from glm_jax.sharding import all_gather_dim, axes_of, short_repr
 
 Zeros = Callable[[tuple[int, ...], tuple[str | None, ...]], jax.Array]  # an array by its shape and logical axes
 
@@ -28,6 +28,8 @@ class KvCache:
 
     k: jax.Array
     v: jax.Array
+
+    __repr__ = short_repr
 
     @property
     def length(self) -> int:
@@ -56,6 +58,8 @@ class LatentCache:
     """
 
     latent: jax.Array
+
+    __repr__ = short_repr
 
     @property
     def length(self) -> int:

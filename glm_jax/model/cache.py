@@ -9,6 +9,7 @@ import jax
 
 from glm_jax.layers.kv_cache import LayerCache
 from glm_jax.model.stack import GroupCache
+from glm_jax.sharding import short_repr
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["dense", "moe", "mtp"], meta_fields=[])
@@ -19,3 +20,5 @@ class Cache:
     dense: GroupCache
     moe: GroupCache
     mtp: LayerCache | None
+
+    __repr__ = short_repr

@@ -17,7 +17,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from glm_jax.configs import ModelConfig
-from glm_jax.errors import InputError
+from glm_jax.configs.notebook import html_table
+from glm_jax.errors import InputError, ShardingError
 from glm_jax.kernels import Ops, ops_for, ops_for_platform
 from glm_jax.layers.context import ForwardContext
 from glm_jax.layers.embedding import Embedding, Head
@@ -27,6 +28,7 @@ from glm_jax.layers.rope import rotation
 from glm_jax.model import stack
 from glm_jax.model.cache import Cache
 from glm_jax.model.decoder_layer import DecoderLayer, MtpLayer
+from glm_jax.model.summary import summary_rows
 from glm_jax.sharding import (
     PackedBfloat16,
     Rules,
@@ -36,10 +38,13 @@ from glm_jax.sharding import (
     default_mesh,
     map_weights,
     shift_left,
+    short_repr,
     with_shardings,
 )
 from glm_jax.sharding.rules import mesh_of
 from glm_jax.sharding.weight import initial_value
+
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 @functools.partial(
@@ -66,6 +71,8 @@ class Output:
     mtp_hidden: jax.Array | None = None
     expert_ids: jax.Array | None = None
     mtp_expert_ids: jax.Array | None = None
+
+    __repr__ = short_repr
 
 
 class Transformer(nnx.Module):
@@ -131,6 +138,13 @@ class Transformer(nnx.Module):
     def mesh(self) -> Mesh:
         """The mesh that the weights lie on."""
         return mesh_of(self.embedding)  # as all of them do; the whole tree takes long to walk
+
+    def __repr__(self) -> str:
+        rows = summary_rows(self, self.config, self.ops)
+        return "\n".join([f"Transformer({self.config.model_type})", *(f"  {name:<12}{text}" for name, text in rows)])
+
+    def _repr_html_(self) -> str:
+        return html_table(f"Transformer({self.config.model_type})", summary_rows(self, self.config, self.ops))
 
     def __call__(self, tokens: Any, *, mtp: bool = False, ops: Ops | None = None) -> Output:
         """Return the logits of every position of tokens int32 [B, T].
@@ -251,7 +265,14 @@ def _group(config: ModelConfig, count: int, *, experts: bool) -> DecoderLayer | 
 
 
 def runtime_model(config: ModelConfig, mesh: Mesh, *, dtype: Any = None, rules: Rules | None = None) -> Transformer:
-    """The abstract model that a run holds: without the MTP copies, as the mesh's platform holds the run's dtype."""
+    """The abstract model that a run holds: without the MTP copies, as the mesh's platform holds the run's dtype.
+
+    Raises:
+        InputError: a dtype that no model computes in.
+        ShardingError: rules of another type.
+    """
+    check_run_dtype(dtype)
+    check_rules(rules)
     model, ops = Transformer(dataclasses.replace(config, mtp_copies=())), ops_for(mesh)
     model = ops.storage.prepare(model, dtype)
     model.rules, model.ops = rules or Rules(), ops
@@ -268,6 +289,36 @@ def with_layer_layout(model: Transformer, *, stacked: bool) -> Transformer:
             abstract = isinstance(jax.tree.leaves(group)[0], jax.ShapeDtypeStruct)
             setattr(copy, name, turn(group) if abstract else jax.jit(turn)(group))
     return copy
+
+
+def check_run_dtype(dtype: Any) -> None:
+    """Check a run's dtype, None being the platform's own.
+
+    Raises:
+        InputError: it is none, or none that a model computes in; quantised weights are another matter.
+    """
+    try:
+        known = dtype is None or jnp.dtype(dtype) in map(jnp.dtype, DTYPES)
+    except TypeError:
+        known = False
+    if not known:
+        raise InputError(
+            f"dtype {dtype!r} is none that a model computes in; right would be one of {', '.join(map(repr, DTYPES))} "
+            "(quantised weights stay as they are stored, whatever the dtype)"
+        )
+
+
+def check_rules(rules: object) -> None:
+    """Check that rules of the placement are such, or None.
+
+    Raises:
+        ShardingError: they are not, such as the name of a preset.
+    """
+    if not isinstance(rules, Rules | None):
+        raise ShardingError(
+            f"rules {rules!r} are no Rules; right would be glm_jax.Rules(...), or of a preset "
+            "glm_jax.sharding.rules_named('serve_latency')"
+        )
 
 
 def check_tokens(tokens: Any, config: ModelConfig) -> np.ndarray:

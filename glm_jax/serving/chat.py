@@ -8,6 +8,7 @@ engine's business.
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -117,6 +118,9 @@ class Chat:
         known, size = model.config.vocab_size, text.tokenizer.vocab_size
         if size > known:
             raise TextError(f"the tokenizer has {size} ids, the model {known}: they do not belong together")
+
+    def __repr__(self) -> str:
+        return f"Chat(\n{textwrap.indent(f'{self.model!r}', '  ')}\n  {self.text!r}\n)"
 
     def stream(
         self,

@@ -74,6 +74,9 @@ class Generation:
         self._prefill_seconds = self._decode_seconds = 0.0
         self._batches = stream(model, [prompt], sampling)
 
+    def __repr__(self) -> str:
+        return f"Generation({self._prompt_tokens} prompt tokens, {len(self.tokens)} new)"
+
     def __iter__(self) -> Iterator[list[int]]:
         while True:
             started = time.perf_counter()

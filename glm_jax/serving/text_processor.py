@@ -29,6 +29,9 @@ class TextProcessor:
     defaults: GenerationDefaults
     answer_format: AnswerFormat = GLM
 
+    def __repr__(self) -> str:
+        return f"TextProcessor({self.tokenizer!r}, {self.template!r}, {self.defaults!r})"
+
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> TextProcessor:
         """Read the text side of an Orbax or a Hugging Face checkpoint.

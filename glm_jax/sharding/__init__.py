@@ -17,6 +17,7 @@ from glm_jax.sharding.mesh import default_mesh, describe, make_mesh, parse_mesh,
 from glm_jax.sharding.presets import PRESETS, rules_named
 from glm_jax.sharding.quantized import PackedBfloat16, QuantizedArray, WeightArray, as_array
 from glm_jax.sharding.rules import Rules, batch_sharding, shardings, with_shardings
+from glm_jax.sharding.shown import short_repr
 from glm_jax.sharding.weight import Constant, Normal, Weight, declare, map_weights, weights_by_name, with_dtype
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "shard_local",
     "shardings",
     "shift_left",
+    "short_repr",
     "weights_by_name",
     "with_dtype",
     "with_shardings",

@@ -14,8 +14,10 @@ def check_mesh(mesh: Mesh) -> None:
     """Check that this process has a part of a mesh: without one it could not run the program of the others.
 
     Raises:
-        ShardingError: it has none.
+        ShardingError: it has none, or what was given is no mesh.
     """
+    if not isinstance(mesh, Mesh):
+        raise ShardingError(f"mesh {mesh!r} is no mesh; right would be glm_jax.make_mesh(data=1, expert=1, tensor=1)")
     there = {device.process_index for device in mesh.devices.flat}
     if jax.process_index() not in there:
         raise ShardingError(

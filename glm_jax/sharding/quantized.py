@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from glm_jax.sharding.shown import short_repr
+
 
 class _Stored:
     """What a stored weight has in common with an array; `values` lies as the weight does."""
@@ -59,6 +61,8 @@ class QuantizedArray(_Stored):
     values: Any
     scale: Any
     contracting_dims: int = 1
+
+    __repr__ = short_repr
 
     @property
     def dtype(self) -> Any:

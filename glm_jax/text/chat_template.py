@@ -72,6 +72,9 @@ class ChatTemplate:
         given = [value for value in self._variables.values() if isinstance(value, str)]
         self.own_text = "\0".join([*literals, *given])
 
+    def __repr__(self) -> str:
+        return f"ChatTemplate({self.origin!r})"
+
     def _compile(self, environment: jinja2.Environment, text: str) -> jinja2.Template:
         try:
             return environment.from_string(text)

@@ -117,6 +117,9 @@ class TiktokenTokenizer:
         added, special = read_added_tokens(listed, config)
         return cls(path, {i: text for text, i in added.items()}, special)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r}, {self.vocab_size} ids)"
+
     @property
     def vocab_size(self) -> int:
         """One more than the id of the last reserved token."""

@@ -43,6 +43,9 @@ class JsonTokenizer:
         self._added = {token.content: i for i, token in self._backend.get_added_tokens_decoder().items()}
         self._guarded: GuardedBackend | None = None
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r}, {self.vocab_size} ids)"
+
     @property
     def vocab_size(self) -> int:
         """One more than the largest id that has a token."""
@@ -129,6 +132,9 @@ class SentencePieceTokenizer:
         if not all(is_id(i) for i in added.values()):
             raise TextError(f'{plain}: must map tokens to ids, like {{"<think>": 32000}}')
         return cls(path, added)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r}, {self.vocab_size} ids)"
 
     @property
     def vocab_size(self) -> int:

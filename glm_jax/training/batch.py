@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from glm_jax.sharding import Rules, batch_sharding
+from glm_jax.sharding import Rules, batch_sharding, short_repr
 
 
 @functools.partial(
@@ -29,6 +29,8 @@ class Batch:
     tokens: jax.Array | np.ndarray
     loss_mask: jax.Array | np.ndarray
     padding_mask: jax.Array | np.ndarray
+
+    __repr__ = short_repr
 
 
 def pad_rows(rows: list[tuple[np.ndarray, np.ndarray]], length: int) -> Batch:

@@ -19,7 +19,7 @@ from glm_jax.errors import InputError
 from glm_jax.kernels import Ops
 from glm_jax.model import Transformer
 from glm_jax.model.transformer import forward
-from glm_jax.sharding import PackedBfloat16, QuantizedArray, map_weights, weights_by_name
+from glm_jax.sharding import PackedBfloat16, QuantizedArray, map_weights, short_repr, weights_by_name
 from glm_jax.training.balance import expert_loads, imbalance, update_router_biases
 from glm_jax.training.batch import Batch
 from glm_jax.training.loss import LossMetrics, language_model_loss
@@ -34,6 +34,8 @@ class TrainState:
     model: Transformer
     optimizer: Any
     step: jax.Array
+
+    __repr__ = short_repr
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["loss", "gradient_norm", "imbalance"], meta_fields=[])
