@@ -77,7 +77,7 @@ def Chat(
     missing tokenizer shows before the weights are loaded.
 
     Args:
-        checkpoint: an Orbax or a Hugging Face directory.
+        checkpoint: an Orbax or a Hugging Face directory, or the URL of the latter.
         mesh: where the weights go; over all devices by default.
         rules: placement of logical axes.
         dtype: of the weights; by default float32 on CPU and bfloat16 elsewhere.
@@ -91,8 +91,10 @@ def Chat(
     """
     from glm_jax import checkpoint as checkpoints
     from glm_jax import serving
+    from glm_jax.checkpoint.text_files import text_files
 
-    text = serving.TextProcessor.load(checkpoint)
+    with text_files(checkpoint) as files:
+        text = serving.TextProcessor.load(files)
     options: dict[str, Any] = {"mesh": mesh, "rules": rules, "dtype": dtype, "allow_unknown": allow_unknown}
     model = checkpoints.load(os.fspath(checkpoint), quantized=quantized, layers=layers, **options)
     return serving.Chat(model, text)

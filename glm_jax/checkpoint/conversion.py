@@ -66,7 +66,7 @@ class Conversion:
             kept=dict(sorted(kept.items())),
         )
         (partial / MANIFEST).write_text(json.dumps(manifest.to_json(), indent=1), encoding="utf-8")
-        _copy_assets(self._hf.directory, partial / ASSETS)
+        copy_assets(self._hf.directory, partial / ASSETS)
 
 
 class _HashedReads:
@@ -151,7 +151,7 @@ def assets_of(directory: Directory) -> Iterator[tuple[str, File]]:
             yield name, file
 
 
-def _copy_assets(source: Directory, target: Path) -> None:
+def copy_assets(source: Directory, target: Path) -> None:
     """Copy the files beside the tensors, so that the checkpoint stands by itself."""
     target.mkdir(exist_ok=True)
     for name, file in assets_of(source):

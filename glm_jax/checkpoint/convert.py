@@ -29,6 +29,7 @@ from glm_jax.checkpoint.quantize import Loss
 from glm_jax.checkpoint.resume import Progress, default_threads, resumable_directory
 from glm_jax.checkpoint.source import HfSource
 from glm_jax.checkpoint.verify import check_equal
+from glm_jax.configs.places import hub_hint
 from glm_jax.errors import CheckpointError, InputError
 
 DEQUANTIZE, KEEP = QUANTIZED = ("dequantize", "keep")
@@ -137,7 +138,8 @@ def _plan(
     check_target_beside(source, target)
     if not is_url(source) and not Path(source).is_dir():
         check_files(Path(source).parent, [Path(source).name])
-        raise CheckpointError(f"{source} is not a directory; the source is a Hugging Face checkpoint directory")
+        line = f"{source} is not a directory; the source is a Hugging Face checkpoint directory"
+        raise CheckpointError(line + hub_hint(source))
     hf = HfSource(source, allow_unknown=allow_unknown)
     made, notes = ({}, list[str]()) if method is None else quantizing.choose(hf.config, method)
     layout = plan_layout(hf, keep=quantized == KEEP, made=made)

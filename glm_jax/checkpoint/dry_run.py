@@ -32,6 +32,7 @@ from glm_jax.checkpoint.safetensors import TensorInfo
 from glm_jax.checkpoint.safetensors_dir import SafetensorsDir
 from glm_jax.checkpoint.source import Files, HfSource, read_config_bytes
 from glm_jax.configs.hf import parse_config_json, read_config_json
+from glm_jax.configs.places import hub_hint
 from glm_jax.errors import CheckpointError, Error
 
 _PROBE_BYTES = 32 * 2**20
@@ -174,7 +175,7 @@ def _source(place: str | Path, config: str | Path | None, allow_unknown: Collect
             content = dict(_config(config))
         return HfSource.of_headers(content, SafetensorsDir(directory, complete=False), allow_unknown=allow_unknown)
     if not source.is_file():
-        raise CheckpointError(f"{source} is neither a Hugging Face directory nor a list of tensors")
+        raise CheckpointError(f"{source} is neither a Hugging Face directory nor a list of tensors{hub_hint(place)}")
     files = TensorList(source)
     if config is None:
         raise CheckpointError(

@@ -27,6 +27,7 @@ from glm_jax.checkpoint.orbax_source import MANIFEST, OrbaxSource, is_orbax
 from glm_jax.checkpoint.placing import place
 from glm_jax.checkpoint.quantized_load import KEEP, Leaf, check_choice, plan_leaves
 from glm_jax.checkpoint.source import HfSource, Index, Source
+from glm_jax.configs.places import hub_hint
 from glm_jax.errors import CheckpointError
 from glm_jax.model import Transformer
 from glm_jax.model.stack import map_layer_weights
@@ -60,7 +61,8 @@ def open_source(directory: str | Path, *, allow_unknown: Collection[str] = ()) -
     path = Path(directory)
     if not path.is_dir():
         check_files(path.parent, [path.name])
-        raise CheckpointError(f"{path} is not a directory; a checkpoint is an Orbax or a Hugging Face directory")
+        line = f"{path} is not a directory; a checkpoint is an Orbax or a Hugging Face directory"
+        raise CheckpointError(line + hub_hint(directory))
     if is_orbax(path):
         return OrbaxSource(path)
     if (path / "config.json").exists() or any(path.glob("*.safetensors*")):

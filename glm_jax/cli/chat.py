@@ -1,4 +1,7 @@
-"""Talk to a model: line by line, or once with --message.
+"""Talk to a model: line by line, or once with --message, or with --messages FILE, a conversation to be answered.
+
+--tools FILE declares functions that the model may call: the calls are printed, and not run. Both files are JSON in
+OpenAI's form.
 
 Thoughts are shown dim on a terminal. At the prompt, /think on and /think off switch thinking, /clear begins anew,
 /quit ends; Ctrl-C stops an answer. Without a terminal each line of the input is one turn.
@@ -8,12 +11,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags as absl_flags
 
-from glm_jax.cli import printing
+from glm_jax.cli import chat_files, printing
 from glm_jax.cli.shared_flags import define_integer, define_json, define_loading, define_sampling, need
 from glm_jax.errors import Error, InputError
 
@@ -28,6 +31,10 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     """The verb's flags."""
     define_loading(flags)
     absl_flags.DEFINE_string("message", None, "answer this one message and end", flag_values=flags)
+    text = 'a JSON list of messages ({"role": ..., "content": ...}) to answer; --message is one more'
+    absl_flags.DEFINE_string("messages", None, text, flag_values=flags)
+    text = 'a JSON list of the tools that the model may call ({"type": "function", "function": {...}})'
+    absl_flags.DEFINE_string("tools", None, text, flag_values=flags)
     absl_flags.DEFINE_string("system", None, "the system message", flag_values=flags)
     absl_flags.DEFINE_boolean("thinking", True, "think before the answer", flag_values=flags)
     text = "at most this many new tokens an answer; by default 4096, or what the positions leave"
@@ -37,29 +44,37 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
 
 
 def run(flags: absl_flags.FlagValues) -> dict[str, Any]:
-    """Answer --message, or hold a conversation."""
+    """Answer --message or --messages, or hold a conversation."""
     need(flags, "model")
-    if flags.json and flags.message is None:
-        raise InputError("--json needs --message: it prints one answer")
+    once = flags.message is not None or flags.messages is not None
+    if flags.json and not once:
+        raise InputError("--json needs --message: it prints one answer; or --messages=FILE")
+    messages = [] if flags.messages is None else chat_files.read_messages(flags.messages)
+    if flags.system is not None and any(message["role"] == "system" for message in messages):
+        raise InputError(f"--system and {flags.messages} both have a system message; give one of the two")
+    tools = None if flags.tools is None else chat_files.read_tools(flags.tools)
     from glm_jax.checkpoint import open_source
+    from glm_jax.checkpoint.text_files import text_files
     from glm_jax.cli.loading import load_model, loading_options
     from glm_jax.cli.sampling import chosen_sampling
     from glm_jax.runtime import distributed
     from glm_jax.serving import Chat, TextProcessor
 
-    if flags.message is None and distributed.start().count > 1:
+    if not once and distributed.start().count > 1:
         raise InputError("a conversation runs in one process; over several give one --message")
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "speculative")
     settings = {name: getattr(flags, name) for name in names}
     given = {name: value for name, value in settings.items() if value is not None}
+    given |= {} if tools is None else {"tools": tools}
     source = open_source(flags.model, allow_unknown=flags.allow_unknown)
     # Everything that can be refused is, before the weights are loaded.
-    chosen_sampling(flags, source.config)
-    options = loading_options(flags, source.config)
-    text = TextProcessor.load(flags.model)
+    with text_files(flags.model) as files:
+        chosen_sampling(flags, source.config, files, told=False)
+        options = loading_options(flags, source.config)
+        text = TextProcessor.load(files)
     chat = Chat(load_model(source, options), text)
-    conversation = Conversation(chat, flags.system, thinking=flags.thinking, settings=given)
-    if flags.message is None:
+    conversation = Conversation(chat, flags.system, thinking=flags.thinking, settings=given, messages=messages)
+    if not once:
         conversation.hold()
         return {}
     reply = conversation.answer(flags.message, show=not flags.json)
@@ -69,11 +84,19 @@ def run(flags: absl_flags.FlagValues) -> dict[str, Any]:
 class Conversation:
     """The messages so far, and what to do with the next line."""
 
-    def __init__(self, chat: Chat, system: str | None, *, thinking: bool, settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        chat: Chat,
+        system: str | None,
+        *,
+        thinking: bool,
+        settings: dict[str, Any],
+        messages: Sequence[dict[str, Any]] = (),
+    ) -> None:
         self.thinking = thinking
         self._chat = chat
         self._settings = settings
-        self._opening: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
+        self._opening = [*([] if system is None else [{"role": "system", "content": system}]), *messages]
         self.messages = list(self._opening)
 
     def hold(self) -> None:
@@ -91,12 +114,12 @@ class Conversation:
             elif line:
                 self._answer_or_say_why_not(line, interruptible=terminal)
 
-    def answer(self, text: str, *, show: bool) -> Reply:
-        """The answer to a user's message, which joins the conversation with it; shown as it comes."""
+    def answer(self, text: str | None, *, show: bool) -> Reply:
+        """The answer to the messages and a user's, if there is one more; it joins them, and is shown as it comes."""
         from glm_jax.cli.sampling import describe_acceptance
         from glm_jax.serving import collect
 
-        messages = [*self.messages, {"role": "user", "content": text}]
+        messages = [*self.messages, *([] if text is None else [{"role": "user", "content": text}])]
         events = self._chat.stream(messages, thinking=self.thinking, **self._settings)
         reply = collect(_shown(events) if show else events)
         if show and reply.usage.acceptance is not None:

@@ -15,6 +15,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import flags as absl_flags
@@ -136,22 +137,74 @@ def check_checkpoint(
 ) -> tuple[list[dict[str, str]], doctor_compare.Source | None]:
     """The checks of a checkpoint's files, and the open checkpoint (None if it does not open)."""
     from glm_jax.checkpoint import open_source
+    from glm_jax.checkpoint.files import is_url
+    from glm_jax.checkpoint.text_files import text_files
     from glm_jax.serving import text_directory
-    from glm_jax.text import ChatTemplate, GenerationDefaults, load_tokenizer
 
+    source = None
     try:
         source = open_source(directory, allow_unknown=allow_unknown)
-        files = text_directory(directory)
     except Error as error:
-        return [_check("checkpoint", ERROR, str(error))], None
-    config = source.config
-    opens = f"opens; {config.model_type}, {config.num_layers} layers"
-    checks = [_check("checkpoint", OK, "; ".join([opens, *source.notes]))]
+        checks = [_check("checkpoint", ERROR, str(error)), *_faults_apart(directory, allow_unknown, str(error))]
+        if not is_url(directory) and not Path(directory).is_dir():
+            return checks, None
+    else:
+        opens = f"opens; {source.config.model_type}, {source.config.num_layers} layers"
+        checks = [_check("checkpoint", OK, "; ".join([opens, *source.notes]))]
+    try:
+        with text_files(directory) as files:
+            checks += _text_checks(text_directory(files), None if source is None else source.config)
+    except Error as error:
+        checks.append(_check("text", WARNING, str(error)))
+    return [*checks, *([] if source is None else [*_quantized_weights(source), _router_bias(source)])], source
+
+
+def _faults_apart(directory: str, allow_unknown: Collection[str], said: str) -> list[dict[str, str]]:
+    """What is wrong with the parts of a directory that does not open, each looked at by itself.
+
+    Opening stops at the first: a wrong config.json hides that files are missing.
+    """
+    from glm_jax.checkpoint.directories import open_directory
+    from glm_jax.checkpoint.orbax_source import MANIFEST
+    from glm_jax.checkpoint.quantization_config import read_quantization
+    from glm_jax.checkpoint.safetensors_dir import SafetensorsDir
+    from glm_jax.checkpoint.source import read_config_bytes
+    from glm_jax.configs.hf import parse_config_json, read_hf
+    from glm_jax.configs.hf_nested import text_config
+
+    def content() -> dict[str, Any]:
+        return parse_config_json(read_config_bytes(place), place.at("config.json"))
+
+    looks: dict[str, Callable[[], Any]] = {
+        "config.json": lambda: read_hf(content(), allow_unknown=allow_unknown),
+        "quantisation": lambda: read_quantization(text_config(content())),
+        "tensors": lambda: SafetensorsDir(place),
+    }
+    faults: list[dict[str, str]] = []
+    try:
+        place = open_directory(directory)
+        if MANIFEST in place.names():
+            return []
+    except Error:
+        return []
+    for name, look in looks.items():
+        try:
+            look()
+        except Error as error:
+            if str(error) not in (said, *(fault["detail"] for fault in faults)):
+                faults.append(_check(name, ERROR, str(error)))
+    return faults
+
+
+def _text_checks(files: Path, config: ModelConfig | None) -> list[dict[str, str]]:
+    """The checks of what text needs: tokenizer, template and settings; `config` is None if it is not known."""
+    from glm_jax.text import ChatTemplate, GenerationDefaults, load_tokenizer
 
     def tokenizer() -> tuple[str, str]:
         size = load_tokenizer(files).vocab_size
-        fits = size <= config.vocab_size
-        return (OK if fits else ERROR), f"{size} ids, the model has {config.vocab_size}"
+        if config is None:
+            return OK, f"{size} ids"
+        return (OK if size <= config.vocab_size else ERROR), f"{size} ids, the model has {config.vocab_size}"
 
     def template() -> tuple[str, str]:
         loaded = ChatTemplate.load(files)
@@ -167,9 +220,14 @@ def check_checkpoint(
         found = GenerationDefaults.load(files).stop_ids
         return (OK, ", ".join(map(str, found))) if found else (WARNING, "none: answers end by their length alone")
 
-    for name, look in {"tokenizer": tokenizer, "chat template": template, "stop tokens": stop_tokens}.items():
-        checks.append(_try(name, look))
-    return [*checks, *_quantized_weights(source), _router_bias(source)], source
+    def passed_over() -> list[dict[str, str]]:
+        try:
+            return [_check("generation settings", WARNING, note) for note in GenerationDefaults.load(files).notes]
+        except Error:  # which the check of the stop tokens says
+            return []
+
+    looks = {"tokenizer": tokenizer, "chat template": template, "stop tokens": stop_tokens}
+    return [*(_try(name, look) for name, look in looks.items()), *passed_over()]
 
 
 def _try(name: str, look: Callable[[], tuple[str, str]]) -> dict[str, str]:

@@ -45,6 +45,7 @@ def run(flags: absl_flags.FlagValues) -> dict[str, Any]:
     prompt = None if flags.tokens is None else parse_tokens(flags.tokens)
 
     from glm_jax.checkpoint import open_source
+    from glm_jax.checkpoint.text_files import text_files
     from glm_jax.cli.loading import load_model, loading_options
     from glm_jax.cli.sampling import chosen_sampling, describe_acceptance
     from glm_jax.inference.config import check_prompts
@@ -55,13 +56,14 @@ def run(flags: absl_flags.FlagValues) -> dict[str, Any]:
     # Everything that can be refused is, before the weights are loaded.
     source = open_source(flags.model, allow_unknown=flags.allow_unknown)
     config = source.config
-    sampling = chosen_sampling(flags, config, ignore_eos=flags.ignore_eos)
     tokenizer = None
-    if prompt is None:
-        directory = text_directory(flags.model)
-        tokenizer = load_tokenizer(directory)
-        beginning, prompt = beginning_ids(directory, tokenizer), tokenizer.encode(flags.prompt)
-        prompt = prompt if prompt[: len(beginning)] == beginning else beginning + prompt
+    with text_files(flags.model) as files:
+        sampling = chosen_sampling(flags, config, files, ignore_eos=flags.ignore_eos)
+        if prompt is None:
+            directory = text_directory(files)
+            tokenizer = load_tokenizer(directory)
+            beginning, prompt = beginning_ids(directory, tokenizer), tokenizer.encode(flags.prompt)
+            prompt = prompt if prompt[: len(beginning)] == beginning else beginning + prompt
     check_prompts([prompt], config, sampling.max_new_tokens)
     model = load_model(source, loading_options(flags, config))
     warm = flags.json if flags.warmup is None else flags.warmup

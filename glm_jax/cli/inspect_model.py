@@ -1,7 +1,8 @@
 """Show the architecture and size of a preset, a Hugging Face checkpoint or an Orbax checkpoint.
 
 Only headers are read: no weight is loaded. Counts and bytes of a preset are those of the published checkpoint in
-bfloat16, its MTP layer and copies included; those of a checkpoint are what it stores.
+bfloat16, its MTP layer and copies included; those of a checkpoint are what it stores. Of a directory that has
+no more than a config.json yet they are those that it declares, and what is missing is said.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from glm_jax.configs import MlaConfig, ModelConfig
     from glm_jax.model import ParameterCounts
 
-PRESET, HUGGING_FACE, ORBAX = "preset", "huggingface", "orbax"
+PRESET, CONFIG, HUGGING_FACE, ORBAX = "preset", "config", "huggingface", "orbax"
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
@@ -67,7 +68,15 @@ def _open(directory: str, allow_unknown: list[str]) -> tuple[str, ModelConfig, C
     from glm_jax.checkpoint import open_source
     from glm_jax.checkpoint.safetensors import NUMPY_DTYPES
     from glm_jax.checkpoint.source import HfSource
+    from glm_jax.cli.loading import config_alone
 
+    declared = config_alone(directory, allow_unknown)
+    if declared is not None:
+        for note in declared.notes:
+            printing.notice(f"note: {note}")
+        what = "no *.safetensors: parameters and bytes are those that config.json declares, in bfloat16"
+        printing.notice(f"note: {directory} has {what}")
+        return CONFIG, declared.config, _declared_bytes(declared.config), None
     source = open_source(directory, allow_unknown=allow_unknown)
     for note in source.notes:
         printing.notice(f"note: {note}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,16 @@ from absl import flags as absl_flags
 from jax.sharding import Mesh
 
 from glm_jax import configs
+from glm_jax.checkpoint.directories import open_directory
+from glm_jax.checkpoint.files import is_url
 from glm_jax.checkpoint.layer_range import LayerRange
 from glm_jax.checkpoint.load import load_source
-from glm_jax.checkpoint.source import Source
+from glm_jax.checkpoint.orbax_source import MANIFEST
+from glm_jax.checkpoint.source import Source, read_config_bytes
 from glm_jax.cli import printing
 from glm_jax.configs import ModelConfig
+from glm_jax.configs.hf import HfConfig, parse_config_json, read_hf
+from glm_jax.configs.places import hub_hint
 from glm_jax.errors import CheckpointError
 from glm_jax.model import Transformer
 from glm_jax.runtime import keep_programs
@@ -57,6 +63,20 @@ def load_model(source: Source, options: dict[str, Any]) -> Transformer:
     return model
 
 
+def config_alone(place: str, allow_unknown: Collection[str]) -> HfConfig | None:
+    """The configuration of a directory, or a URL, that has a config.json and no tensors (yet); else None.
+
+    Raises:
+        ConfigError: it is not of a supported architecture.
+    """
+    directory = open_directory(place)
+    names = directory.names()
+    if "config.json" not in names or MANIFEST in names or any(".safetensors" in name for name in names):
+        return None
+    content = parse_config_json(read_config_bytes(directory), directory.at("config.json"))
+    return read_hf(content, allow_unknown=allow_unknown)
+
+
 def named_preset(name: str) -> configs.Preset | None:
     """The preset of that name, or None for a directory, which may have a name as on the hub: `zai-org/GLM-4.5-Air`.
 
@@ -66,7 +86,7 @@ def named_preset(name: str) -> configs.Preset | None:
     path, preset = Path(name), configs.find(name)
     if preset is not None and (name in configs.names() or not path.is_dir()):
         return preset
-    if path.is_dir():
+    if path.is_dir() or is_url(name):
         return None
     what = "a file, not a directory" if path.exists() else "neither a directory nor a known model"
-    raise CheckpointError(f"{name} is {what}; known models: {', '.join(configs.names())}")
+    raise CheckpointError(f"{name} is {what}; known models: {', '.join(configs.names())}{hub_hint(name)}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags as absl_flags
 
+from glm_jax.cli import printing
 from glm_jax.inference import Sampling
 from glm_jax.inference.config import check_speculative
 from glm_jax.serving import text_directory
@@ -16,13 +18,19 @@ if TYPE_CHECKING:
     from glm_jax.inference import Acceptance
 
 
-def chosen_sampling(flags: absl_flags.FlagValues, config: ModelConfig, *, ignore_eos: bool = False) -> Sampling:
-    """The settings of --model's generation, checked before its weights are loaded.
+def chosen_sampling(
+    flags: absl_flags.FlagValues, config: ModelConfig, files: Path, *, ignore_eos: bool = False, told: bool = True
+) -> Sampling:
+    """The settings of --model's generation, whose text files are in `files`, checked before its weights are loaded.
+
+    With `told` the user is told what the checkpoint's settings ask for that is not done; a chat tells it by itself.
 
     Raises:
         InputError: a setting is out of its range, or drafts are asked of a model that cannot make any.
     """
-    defaults = GenerationDefaults.load(text_directory(flags.model))
+    defaults = GenerationDefaults.load(text_directory(files))
+    for note in defaults.notes if told else ():
+        printing.notice(f"note: {note}")
     given = {name: getattr(flags, name) for name in ("temperature", "top_k", "top_p")}
     settings = {name: getattr(defaults, name) if value is None else value for name, value in given.items()}
     sampling = Sampling(

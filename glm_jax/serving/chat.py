@@ -115,6 +115,7 @@ class Chat:
 
     def __init__(self, model: Transformer, text: TextProcessor) -> None:
         self.model, self.text = model, text
+        self._untold = text.defaults.notes  # until the first answer has told them
         known, size = model.config.vocab_size, text.tokenizer.vocab_size
         if size > known:
             raise TextError(f"the tokenizer has {size} ids, the model {known}: they do not belong together")
@@ -194,11 +195,12 @@ class Chat:
         return StreamParser(in_thinking, bool(tools), tools=tools, answer_format=form, first_call=prompt.calls)
 
     def _notes(self, thinking: bool | None, variables: Mapping[str, Any], with_tools: bool) -> tuple[str, ...]:
-        """What was asked for that the template has no switch for."""
+        """What was asked for that the template has no switch for; before the first answer also by the checkpoint."""
+        untold, self._untold = self._untold, ()
         off = ["enable_thinking"] if thinking is False and self.text.answer_format.think else []
         unread = self.text.template.unread([*off, *variables], with_tools=with_tools)
         named = {"enable_thinking": "thinking off"}
-        return tuple(
+        return untold + tuple(
             f"the chat template has no switch for {named.get(name, name)}: it changes nothing" for name in unread
         )
 

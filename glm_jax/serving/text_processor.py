@@ -6,6 +6,7 @@ import dataclasses
 import os
 from pathlib import Path
 
+from glm_jax.configs.places import hub_hint
 from glm_jax.errors import CheckpointError, TextError
 from glm_jax.text import AnswerFormat, ChatTemplate, GenerationDefaults, Tokenizer, family_of, load_tokenizer
 from glm_jax.text.answer_format import GLM
@@ -57,6 +58,12 @@ def text_directory(checkpoint: str | os.PathLike[str]) -> Path:
         CheckpointError: there is no such checkpoint directory.
     """
     path = Path(checkpoint)
+    if "://" in os.fspath(checkpoint):
+        line = (
+            "is a URL; the tokenizer and its files are read from a disk (glm_jax.Chat and the verbs copy them to one)"
+        )
+        raise CheckpointError(f"{os.fspath(checkpoint)} {line}")
     if not path.is_dir():
-        raise CheckpointError(f"{path} is not a directory; a checkpoint is an Orbax or a Hugging Face directory")
+        line = f"{path} is not a directory; a checkpoint is an Orbax or a Hugging Face directory"
+        raise CheckpointError(line + hub_hint(checkpoint))
     return path if (path / "config.json").exists() or not (path / CONVERTED).is_dir() else path / CONVERTED

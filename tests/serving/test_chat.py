@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 
 import pytest
 
@@ -223,3 +225,12 @@ def test_a_generation_stops_at_a_stop_token(tmp_path, one_device):
     assert tokens == generation.tokens == new[: new.index(new[2]) + 1]
     assert generation.stopped and generation.usage.completion_tokens == len(tokens)
     assert generation.usage.prefill_seconds > 0
+
+
+def test_settings_that_are_not_honoured_are_told_once(tmp_path):
+    path = shutil.copytree(ROOT / "examples" / "demo_model", tmp_path / "model") / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "repetition_penalty": 1.1}))
+    chat = glm_jax.Chat(path.parent, layers="0:1")
+    first, second = (chat("a", max_new_tokens=1).notes for _ in range(2))
+    assert len(first) == 1 and "repetition_penalty 1.1" in first[0]
+    assert second == ()

@@ -69,3 +69,27 @@ def test_broken_files(tmp_path, generation, fault):
 def test_a_broken_config(tmp_path):
     with pytest.raises(TextError, match=r"[/\\]config.json: eos_token_id"):
         written(tmp_path, None, {"eos_token_id": {}})
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"repetition_penalty": 1.05, "min_p": 0.1}, ["repetition_penalty 1.05", "min_p 0.1"]),
+        ({"stop_strings": ["\nUser:"]}, ['stop_strings ["\\nUser:"]']),
+        ({"do_sample": False, "temperature": 0.6}, ["do_sample false (temperature 0 is greedy)"]),
+        ({"no_repeat_ngram_size": 3, "num_beams": 4}, ["no_repeat_ngram_size 3", "num_beams 4"]),
+        ({"do_sample": False}, []),
+        ({"repetition_penalty": 1.0, "min_p": None, "stop_strings": None, "num_beams": 1, "top_k": 0}, []),
+        ({"max_length": 131072, "transformers_version": "4.55", "pad_token_id": 3, "_from_model_config": True}, []),
+    ],
+)
+def test_settings_that_are_not_honoured_are_named(tmp_path, values, named):
+    notes = written(tmp_path, values).notes
+    assert len(notes) == bool(named)
+    assert all(name in notes[0] for name in named)
+
+
+def test_the_values_that_transformers_fills_in_change_nothing(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    for filled in (transformers.GenerationConfig(), transformers.GenerationConfig(do_sample=True, temperature=0.6)):
+        assert written(tmp_path, filled.to_json_string(use_diff=False)).notes == ()
