@@ -5,16 +5,19 @@ NEWEST_PYTHON ?= $(shell bash scripts/newest_python.sh)
 AOT_PYTHON ?= python3.12
 COMPILERS ?= tpu cuda
 ROWS ?= *
+TRANSFORMERS ?= 5.24.0
 PYTEST_ARGS ?=
 # Of speculation, nearly all of whose time is compilation, two cases: they generate with and without drafts.
 SPECULATION := tests/inference/test_speculative.py
 NEWEST_TESTS := tests/kernels tests/layers tests/model $(filter-out $(SPECULATION),$(wildcard tests/inference/test_*.py)) \
   '$(SPECULATION)::test_tokens_of_unequal_prompts[glm4_moe-2]' '$(SPECULATION)::test_tokens_of_unequal_prompts[deepseek_v3-3]'
+ORACLE_TESTS := tests/parity tests/evaluation tests/configs tests/checkpoint/test_convert.py \
+  tests/checkpoint/test_families.py tests/cli/test_doctor_compare.py tests/text
 VENV_PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help core dev demo test test-all test-newest check bench aot clean
+.PHONY: help core dev demo test test-all test-newest test-oracle check bench aot clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
@@ -47,6 +50,10 @@ test-newest:  ## run a part of the tests on the newest Python and jax, if that P
 	  .venv-newest/bin/python -m pytest -q -n 2 --dist loadfile $(PYTEST_ARGS) $(NEWEST_TESTS); \
 	fi
 
+test-oracle: dev  ## run the comparisons with another transformers than the pinned one (TRANSFORMERS=5.24.0)
+	$(VENV_PYTHON) -m pip install -q --no-deps --upgrade --target .venv-oracle transformers==$(TRANSFORMERS)
+	PYTHONPATH=$(CURDIR)/.venv-oracle $(VENV_PYTHON) -m pytest -q -n 2 --dist loadfile $(PYTEST_ARGS) $(ORACLE_TESTS)
+
 check: dev  ## lint, format, types and the conventions
 	$(VENV_PYTHON) -m ruff check .
 	$(VENV_PYTHON) -m ruff format --check .
@@ -64,5 +71,5 @@ aot:  ## compile the models at real size for TPUs and GPUs that are not here, in
 
 clean:  ## remove the environments, build outputs and caches
 	@echo "removing the environments, build outputs and caches"
-	@rm -rf .venv .venv-newest .venv-aot-tpu .venv-aot-cuda build dist *.egg-info .jax_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
+	@rm -rf .venv .venv-newest .venv-oracle .venv-aot-tpu .venv-aot-cuda build dist *.egg-info .jax_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
 	@find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
