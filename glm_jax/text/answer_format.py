@@ -32,9 +32,10 @@ from glm_jax.text.tool_schemas import Tools
 END = ""  # the state after the delimiter that closes a call
 RESTART = "restart"  # the state after a call's opening delimiter inside a call that was never closed
 
-SPACE = r"\s{0,8}"
-LINE_BREAK = r"(?:[\r\n]\s{0,8})?"
+SPACE = r"\s{0,256}"
+LINE_BREAK = r"(?:[\r\n]\s{0,256})?"
 NAME = (r"[\w/@][\w.:/@#+-]{0,63}", r"(?:[\w/@][\w.:/@#+-]{0,63})?")
+ID = r"[^\s<>]{0,128}"  # also without a name, or none at all
 KEY = r"[^<]{0,64}"
 REST_OF_NAME = r"[\w.:/@#+-]{0,64}"
 
@@ -53,6 +54,7 @@ class CallFormat:
         read: the text between `begin` and the closing delimiter, the declared tools and the number of the call in its
             conversation, to the call; None if it is none.
         section: the delimiters around all calls of a turn, if there are such. A call without them counts too.
+        name: the form of a head, where no tool is declared under it.
         head_prefix: what a head may begin with, beside a declared name, where a space stands before it.
         key_begin: the delimiter before a key, where calls have such; a head may end with it too, if a key follows.
         key_ends: the delimiters of which one follows a key, also one in the head whose opening delimiter is missing.
@@ -64,6 +66,7 @@ class CallFormat:
     states: Mapping[str, Mapping[str, str]]
     read: Callable[[str, Tools, int], ToolCall | None]
     section: tuple[str, str] | None = None
+    name: Part = NAME
     head_prefix: str | None = None
     key_begin: str | None = None
     key_ends: tuple[str, ...] = ()
@@ -76,7 +79,7 @@ class CallFormat:
             tools: the declared ones. A space between `begin` and an undeclared name makes `begin` text, so that
                 prose that mentions it is not held back.
         """
-        names: list[tuple[Part, ...]] = [(LINE_BREAK, NAME, SPACE)]
+        names: list[tuple[Part, ...]] = [(LINE_BREAK, self.name, SPACE)]
         if tools:
             names.append((SPACE, [*tools], SPACE))
         if self.head_prefix is not None:
@@ -87,7 +90,13 @@ class CallFormat:
             key = ([self.key_begin], KEY, [self.begin, self.key_begin, *self.key_ends, *self.head_ends])
             heads += [(*name, *key) for name in names]
             for declared, tool in tools.items():
-                heads += [(SPACE, [declared], SPACE, [*tool.types], SPACE, [*self.key_ends])] if tool.types else []
+                if not tool.types:
+                    continue
+                known = ([*tool.types], SPACE, [*self.key_ends])
+                heads += [
+                    (SPACE, [declared], SPACE, *known),
+                    (SPACE, [declared], SPACE, [self.key_begin], SPACE, *known),
+                ]
         calls: list[tuple[Part, ...]] = [([self.begin], *head) for head in heads]
         found = {self.begin: Lookahead.of(*heads)}
         if self.section is not None:
@@ -184,6 +193,7 @@ KIMI_K2 = AnswerFormat(
         states=_json_states(_KIMI_BEGIN, ARGUMENTS, _KIMI_END),
         read=read_with_id,
         section=("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
+        name=ID,
         head_prefix="functions",
     ),
 )

@@ -45,7 +45,8 @@ def read_object(text: str) -> dict[str, Any] | None:
 def read_value(text: str, types: Types | None) -> Any:
     """Returns an argument's value: the text as it is where only strings are allowed, else JSON if it is JSON.
 
-    Where the schema allows strings among other types, JSON counts only if it is of one of the other types.
+    Where the schema allows strings among other types, JSON counts only if it is of one of the other types. Where it
+    allows none, line breaks inside the strings of JSON are let pass.
 
     Args:
         text: as the model wrote it.
@@ -54,7 +55,7 @@ def read_value(text: str, types: Types | None) -> Any:
     if types == frozenset({"string"}):
         return text
     try:
-        value = json.loads(text.strip())
+        value = json.loads(text.strip(), strict=types is None or "string" in types)
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # refuses NaN, infinity, half surrogate pairs
     except (ValueError, RecursionError):
         return text

@@ -17,11 +17,12 @@ from glm_jax.text.tool_schemas import Tools
 
 _CANONICAL = re.compile(r"functions\.([^\s<>]+):[0-9]+")
 _NUMBERED = re.compile(r"(?!functions\.)([^\s<>]+):[0-9]+")
-_INDEX = re.compile(r"[\W_]*[0-9]+\Z")
-_PREFIX = re.compile(r"functions?[\W_]*", re.IGNORECASE)
+_INDEX = re.compile(r"[\W_]*[0-9]+\W*\Z")
+_PREFIX = re.compile(r"\W*functions?[\W_]*", re.IGNORECASE)
 _SEPARATORS = re.compile(r"[\W_]+")
-# Ids that say nothing of a name: a number, or what clients and servers make up at random.
-_NAMELESS = re.compile(r"[0-9]+|(?:call|tool|toolu|fc|chatcmpl)(?:[-_:.].*|[0-9].*)?|[0-9a-fA-F-]{8,}", re.DOTALL)
+_WITHOUT_NAME = re.compile(r"(?:functions?)?[\W_0-9]*", re.IGNORECASE)
+# Ids that clients and servers make up at random.
+_RANDOM = re.compile(r"(?:call|tool|toolu|fc|chatcmpl)(?:[-_:.].*|[0-9].*)?|[0-9a-fA-F-]{8,}", re.DOTALL)
 
 
 def new_call_id(name: str, number: int) -> str:
@@ -45,16 +46,17 @@ def name_of_call(call_id: str, arguments: dict[str, Any], tools: Tools) -> Named
     `functions`, punctuation and a number are taken off. An id that says nothing of a name belongs to the one declared
     tool that accepts the arguments, or to the one that they name.
     """
+    without_name = _WITHOUT_NAME.fullmatch(call_id) is not None
     canonical = _CANONICAL.fullmatch(call_id)
-    if canonical is not None:
+    if canonical is not None and (canonical[1] in tools or not (tools and without_name)):
         return NamedCall(canonical[1], arguments, True)
     numbered = _NUMBERED.fullmatch(call_id)
-    if numbered is not None and (numbered[1] in tools or not tools):
+    if numbered is not None and (numbered[1] in tools or not (tools or without_name)):
         return NamedCall(numbered[1], arguments, True)
     declared = _declared_name(call_id, tools)
     if declared is not None:
         return NamedCall(declared, arguments, False)
-    if _NAMELESS.fullmatch(call_id):
+    if without_name or _RANDOM.fullmatch(call_id):
         return _by_arguments(arguments, tools)
     return None if numbered is None else NamedCall(numbered[1], arguments, True)
 

@@ -138,7 +138,10 @@ class StreamParser:
     def _delimiters(self) -> tuple[str, ...]:
         """The delimiters that may count now."""
         if self._part is _Part.CALL:
-            return tuple(self._calls.states[self._state])
+            inside = self._calls.states[self._state]
+            # Where thoughts end outside a value, what they began is no call.
+            ends_thoughts = self._unclosed and self._think is not None and self._calls.begin in inside
+            return (*inside, *(self._think[1:] if self._think is not None and ends_thoughts else ()))
         section = self._calls.section or ()
         if self._part is _Part.OPENED:
             return (self._calls.begin, *section[1:])
@@ -215,6 +218,10 @@ class StreamParser:
 
     def _inside(self, delimiter: str) -> list[Event]:
         """Moves on past a delimiter inside a call."""
+        if self._think is not None and delimiter == self._think[1]:
+            unclosed, self._call = MalformedToolCall("".join(self._call)), []
+            self._part, self._unclosed = _Part.CONTENT, False
+            return [unclosed]
         self._state = self._calls.states[self._state][delimiter]
         if self._state == RESTART:
             unclosed = MalformedToolCall("".join(self._call))

@@ -47,7 +47,10 @@ def read_tagged(body: str, tools: Tools) -> ToolCall | None:
         if not key or read is None:
             return None
         text, at = read
-        arguments[key] = read_value(text, known.get(key))
+        value = read_value(text, known.get(key))
+        if key in arguments and arguments[key] != value:
+            return None
+        arguments[key] = value
         key = None
     rest = _TRAILING if arguments else re.compile(r"\s*\Z")
     return ToolCall(name, arguments) if rest.match(body, at) else None

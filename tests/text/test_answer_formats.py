@@ -139,9 +139,9 @@ def test_kimi_reads_the_name_off_the_id():
     assert one(" functions.get_weather:12 ") == [T("get_weather", {}, "functions.get_weather:12")]
     assert one("get_weather:0") == [T("get_weather", {}, "get_weather:0")]
     assert one("functions.a.b:0") == [T("a.b", {}, "functions.a.b:0")]
-    for wrong in ("functions.f", "f", "functions.f:x", "functions.:0", "0"):
+    for wrong in ("functions.f", "f", "functions.f:x", "functions.:0", "functions:0", "0", ":0"):
         assert [type(event) for event in one(wrong)] == [MalformedToolCall]
-    for prose in (":0", "functions.f :0", "functions.f:0 x"):
+    for prose in ("functions.f :0", "functions.f:0 x"):
         assert [type(event) for event in one(prose)] == [ContentDelta]
 
 

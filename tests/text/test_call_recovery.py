@@ -80,6 +80,30 @@ def test_what_is_not_clear_is_no_call(inside):
     assert every_way(text, tools=TOOLS) == [B(text)]
 
 
+def test_a_key_that_is_there_twice():
+    def inside(second: str) -> str:
+        value = "<arg_key>path</arg_key><arg_value>{}</arg_value>"
+        return f"<tool_call>list_dir{value.format('/tmp/x')}{value.format(second)}</tool_call>"
+
+    assert every_way(inside("/tmp/x"), tools=TOOLS) == [DIRECTORY]
+    assert every_way(inside("/tmp/y"), tools=TOOLS) == [B(inside("/tmp/y"))]
+
+
+@pytest.mark.parametrize("space", ["\n" + " " * 12, "\n" * 9, "\r\n\t\t" * 30])
+def test_white_space_between_tags(space):
+    parts = ("<tool_call>", "list_dir", "<arg_key>path</arg_key>", "<arg_value>/tmp/x</arg_value>", "</tool_call>")
+    assert every_way(space.join(parts) + "ok", tools=TOOLS) == [DIRECTORY, C("ok")]
+    assert every_way(f"<tool_call>get_time{space}</tool_call>") == [T("get_time", {})]
+
+
+def test_names_and_keys_that_are_long():
+    name, key = "n" * 80, "k" * 80
+    tools = [tool(name, **{key: TEXT})]
+    call = f"<tool_call>{name}\n<arg_key>{key}</arg_key>\n<arg_value>1</arg_value>\n</tool_call>"
+    assert every_way(call, tools=tools) == [T(name, {key: "1"})]
+    assert every_way(call) == [C(call)]
+
+
 def test_a_key_that_is_glued_to_the_name_needs_the_declared_tools():
     text = "<tool_call>send_command_to_shellcommand</arg_key><arg_value>echo test</arg_value></tool_call>"
     assert every_way(text, tools=TOOLS) == [T("send_command_to_shell", {"command": "echo test"})]
@@ -149,6 +173,20 @@ def test_a_mention_is_text_and_calls_after_it_count(spoken):
     assert every_way(spoken + call, tools=TOOLS) == [C(spoken), T("get_time", {})]
     assert every_way(f"<think>{spoken}</think>{call}", tools=TOOLS) == [R(spoken), T("get_time", {})]
     assert every_way(f"<think>{spoken}</think>\nok{call}", tools=TOOLS) == [R(spoken), C("ok"), T("get_time", {})]
+
+
+@pytest.mark.parametrize("name", ["glm", "v3", "v3.1", "kimi"])
+def test_thoughts_that_end_in_a_call_end_it(name):
+    form = {"glm": GLM, "v3": DEEPSEEK_V3, "v3.1": DEEPSEEK_V31, "kimi": KIMI_K2}[name]
+    whole = "<tool_call>f<arg_key>a</arg_key>..." if name == "glm" else written(name, "f", "...")
+    cut, call = (
+        whole[: whole.index("...") + 3],
+        "<tool_call>g\n</tool_call>" if name == "glm" else written(name, "g", "{}"),
+    )
+    found = every_way(f"<think>As in {cut}</think>{call}ok", form)
+    assert found[:2] == [R("As in"), B(cut)]
+    assert [event.name for event in found[2:3]] == ["g"] and found[3:] == [C("ok")]
+    assert every_way(f"<think>As in {cut}</think>\nok", form) == [R("As in"), B(cut), C("ok")]
 
 
 @pytest.mark.parametrize("name", ["glm", "v3", "v3.1", "kimi"])
@@ -312,6 +350,13 @@ def kimi(call_id: str, arguments: Any, tools: list[dict[str, Any]] | None = None
         ("chatcmpl-tool-1b2c", [WEATHER]),
         ("3f2a91c07d", [WEATHER]),
         ("toolu_01AbC", [WEATHER]),
+        ("", [WEATHER]),
+        ("functions", [WEATHER]),
+        ("functions:0", [WEATHER]),
+        ("functions.0:0", [WEATHER]),
+        ("`3`", [WEATHER]),
+        ("functions.get_weather[0]", [WEATHER, EXEC]),
+        ('"functions.get_weather:0"', [WEATHER, EXEC]),
     ],
 )
 def test_kimi_ids_of_another_form(call_id, tools):
@@ -324,6 +369,16 @@ def test_kimi_ids_that_run_into_the_name():
     versions = [tool("get_v2", city=TEXT), tool("get", city=TEXT)]
     assert kimi("functions_get_v2_1", TOKYO, versions).name == "get_v2"
     assert kimi("functions_get_1", TOKYO, versions).name == "get"
+
+
+def test_kimi_ids_with_long_names():
+    for size in (54, 55, 64, 100):
+        name = "n" * size
+        assert kimi(f"functions.{name}:12", TOKYO, [tool(name, city=TEXT)]) == T(name, TOKYO, f"functions.{name}:12")
+
+
+def test_kimi_ids_that_are_a_number_name_the_tool_of_that_name():
+    assert kimi("functions.7:0", TOKYO, [tool("7", city=TEXT)]) == T("7", TOKYO, "functions.7:0")
 
 
 def test_kimi_ids_of_its_own_form_stay():

@@ -36,6 +36,8 @@ def parameters(schema: Any, **more: Any) -> list[dict[str, Any]]:
         ({"$ref": "#/definitions/Name"}, "true", "true"),
         ({"$ref": "#/$defs/Count"}, "7", 7),
         ({"$ref": "#/$defs/Deep"}, "7", 7),
+        ({"type": "object"}, '{"a": "two\nlines"}', {"a": "two\nlines"}),
+        ({"type": ["object", "string"]}, '{"a": "two\nlines"}', '{"a": "two\nlines"}'),
         ({"$ref": "#/$defs/Either"}, "7", "7"),
         ({"$ref": "#/$defs/Either"}, "null", None),
         ({"$ref": "#/$defs/odd~1name~0%20%25"}, "1", "1"),
