@@ -56,7 +56,8 @@ def check_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[Any] | None:
 def _normalize_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise TextError(f'{where} must be a dict with "role" and "content", not {kind_of(message)}')
-    result = {key: value for key, value in message.items() if value is not None}
+    # The order of the keys stays: a template may print a message whole.
+    result = {key: value for key, value in message.items() if value is not None or key == "content"}
     if not isinstance(result.get("role"), str):
         raise TextError(f'{where} has no "role"; it is "system", "user", "assistant" or "tool"')
     for key in REASONING_KEYS:
@@ -70,15 +71,19 @@ def _normalize_message(message: Mapping[str, Any], where: str) -> dict[str, Any]
     thoughts = next((result[key] for key in REASONING_KEYS if key in result), None)
     if thoughts is not None:
         result["reasoning_content"] = thoughts
-    calls = result.pop("tool_calls", None)
-    if calls:
+    calls = result.get("tool_calls")
+    if not calls:
+        result.pop("tool_calls", None)
+    else:
         if isinstance(calls, str | Mapping) or not isinstance(calls, Sequence):
             raise TextError(f"{where}.tool_calls must be a list, not {kind_of(calls)}")
         result["tool_calls"] = [_normalize_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)]
-    content = result.get("content", None if calls else "")
-    if isinstance(content, list | tuple):
+    content = result.get("content")
+    if content is None:
+        content = None if calls else ""
+    elif isinstance(content, list | tuple):
         content = _read_parts(content, result["role"] == "tool", f"{where}.content")
-    elif content is not None and not isinstance(content, str):
+    elif not isinstance(content, str):
         raise TextError(f"{where}.content must be text or a list of parts, not {kind_of(content)}; write it as JSON")
     result["content"] = content
     return result

@@ -36,11 +36,27 @@ class Arguments(dict[str, Any]):
         return other + str(self) if isinstance(other, str) else NotImplemented
 
 
+class TextPart(dict[str, Any]):
+    """A text part that is its text where a template prints it or adds it to text."""
+
+    def __init__(self, text: str):
+        super().__init__(type="text", text=text)
+
+    def __str__(self) -> str:
+        return str(self["text"])
+
+    def __add__(self, other: Any) -> str:
+        return str(self) + other if isinstance(other, str) else NotImplemented
+
+    def __radd__(self, other: Any) -> str:
+        return other + str(self) if isinstance(other, str) else NotImplemented
+
+
 class Text(str):
     """Content that is text, and one text part where a template goes through its parts."""
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([{"type": "text", "text": str(self)}] if self else [])
+        return iter([TextPart(str(self))] if self else [])
 
 
 class NoContent(str):
@@ -98,7 +114,7 @@ def for_template(message: Mapping[str, Any], where: str, *, arguments_as_text: b
     """
     result = dict(message)
     content = result["content"]
-    if content is None or (content == "" and result.get("tool_calls")):
+    if content is None:
         result["content"] = NoContent()
     elif isinstance(content, str):
         result["content"] = Text(content)

@@ -99,10 +99,37 @@ def test_a_template_that_takes_parts_alone(role):
 def test_content_that_is_absent_beside_calls_is_none_and_text():
     source = "{{ m.content is none }} {{ m.content is not none }} {{ m.content == none }} {{ m.content is string }}"
     template = ChatTemplate("{% set m = messages[0] %}" + source)
-    for content in (None, ""):
-        message = {"role": "assistant", "content": content, "tool_calls": [function_call("{}")]}
+    called = {"role": "assistant", "tool_calls": [function_call("{}")]}
+    for message in (called, {**called, "content": None}):
         assert template.render([message]) == "True False True True"
-    assert template.render([{"role": "user", "content": ""}]) == "False True False True"
+    for message in ({**called, "content": ""}, {"role": "user", "content": ""}):
+        assert template.render([message]) == "False True False True"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "{{ c | first }}",
+        "{{ c | join(' ') }}",
+        "{% for x in c %}{{ x }}{% endfor %}",
+        "{% for x in c | list %}{{ '' ~ x }}{% endfor %}",
+        "{% for x in c %}{{ '' + x + '' }}{% endfor %}",
+    ],
+)
+@pytest.mark.parametrize("content", ["ab", PARTS])
+def test_the_part_that_text_is_prints_as_the_text(use, content):
+    template = ChatTemplate("{% set c = messages[0].content %}" + use)
+    assert template.render([{"role": "tool", "content": content}]) == "ab"
+
+
+def test_a_message_printed_whole_has_its_keys_in_order(reference):
+    source = "{{ messages | tojson }}"
+    for keys in (("role", "content", "tool_calls"), ("tool_calls", "content", "role"), ("content", "role")):
+        values = {"role": "assistant", "content": "c", "tool_calls": [function_call({"a": 1})]}
+        messages = [{key: values[key] for key in keys}]
+        assert ChatTemplate(source).render(messages) == reference.apply_chat_template(
+            messages, chat_template=source, tokenize=False
+        )
 
 
 @pytest.mark.parametrize(
