@@ -13,7 +13,7 @@ from glm_jax.inference.config import Sampling, check_prompts, check_speculative,
 from glm_jax.inference.runner import Runner
 from glm_jax.inference.sampling import Sampler
 from glm_jax.inference.speculative import Speculator
-from glm_jax.kernels import Ops
+from glm_jax.kernels import Ops, check_ops
 from glm_jax.model import Transformer
 from glm_jax.sharding.host_arrays import to_host
 
@@ -115,6 +115,7 @@ def stream(
     """
     if not isinstance(model, Transformer):
         raise InputError(f"model is {type(model).__name__}, not a model; right would be glm_jax.load(DIRECTORY)")
+    check_ops(ops)
     checked = check_prompts(prompts, model.config, sampling.max_new_tokens)
     check_speculative(sampling, model.config)
     steps = check_steps_per_call(steps_per_call, sampling.max_new_tokens)

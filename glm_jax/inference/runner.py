@@ -165,14 +165,14 @@ def programs(structure: Any, ops: Ops) -> Programs:
         context = model.context(positions, prefill=True, ops=ops)
         hidden, cache, _ = model.hidden_states(tokens, context=context, cache=cache)
         logits = model.logits(select_token(hidden, lengths - 1), ops=ops)
-        return DecodeState(cache, sampler(logits[:, 0], lengths, argmax=ops.argmax), lengths)
+        return DecodeState(cache, sampler(logits[:, 0], lengths, argmax=ops.argmax.by_row), lengths)
 
     def decode_one(leaves, cache, tokens, positions, sampler):
         model = jax.tree.unflatten(structure, leaves)
         context = model.context(positions[:, None], prefill=False, ops=ops)
         hidden, cache, _ = model.hidden_states(tokens[:, None], context=context, cache=cache)
         logits = model.logits(hidden, ops=ops)
-        return cache, sampler(logits[:, 0], positions + 1, argmax=ops.argmax), positions + 1
+        return cache, sampler(logits[:, 0], positions + 1, argmax=ops.argmax.by_row), positions + 1
 
     def decode(leaves, cache, tokens, positions, sampler, steps):
         def body(state, _):

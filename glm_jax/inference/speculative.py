@@ -114,7 +114,7 @@ def _programs(structure: Any, ops: Ops, count: int) -> _Programs:
 
     def choose(model, hidden):
         """The likeliest token int32 [B, T] after each hidden state [B, T, D]."""
-        return ops.argmax(model.logits(hidden, ops=ops))
+        return ops.argmax.by_row(model.logits(hidden, ops=ops))
 
     def prefill(leaves, tokens, lengths, cache):
         model = jax.tree.unflatten(structure, leaves)

@@ -11,7 +11,16 @@ cpu gpu tpu, expert_loop   what XLA's backends do best
 
 from __future__ import annotations
 
-from glm_jax.kernels.ops import ByLoad, Load, Operation, Ops, ops_for, ops_for_platform, with_implementations
+from glm_jax.kernels.ops import (
+    ByLoad,
+    Load,
+    Operation,
+    Ops,
+    check_ops,
+    ops_for,
+    ops_for_platform,
+    with_implementations,
+)
 from glm_jax.kernels.precision import precision_of
 from glm_jax.kernels.storage import Storage
 
@@ -21,6 +30,7 @@ __all__ = [
     "Operation",
     "Ops",
     "Storage",
+    "check_ops",
     "ops_for",
     "ops_for_platform",
     "precision_of",

@@ -3,16 +3,18 @@
 `ops_for(mesh)` chooses once for a model, which carries the choice through every pass. The interface, by operation:
 
     matmul(x [R, I], w [O, I], *, dtype) -> [R, O]           of one device's part, if the implementation is local
-    matmul(x [..., *I], w [*O, *I], *, contracting_dims, dtype, out_sharding) -> [..., *O]     of whole arrays, if not
+    matmul(x [..., *I], w [*O, *I], *, contracting_dims=1, dtype, out_sharding) -> [..., *O]   of whole arrays, if not
     attend(q [B, T, N, H], k [B, K, S, H], v [B, K, S, I], *, query_positions [B, T], scale, prefill) -> [B, T, N, I]
     experts(x_TD, ids_TK, weights_TK, *, gate_up_E2FD, down_EDF) -> y_TD                       of one device's part
     top_k(scores [..., E], *, k) -> int32 [..., k]
     argmax(scores [..., V]) -> int32 [...]
     storage: a `Storage`
 
-`reference.py` specifies each. A local implementation runs in a `shard_map`, on the parts that a device has; one that is
-not takes whole arrays, whose layouts jax derives. A weight that is not a single array (`QuantizedArray`,
-`PackedBfloat16`) is always multiplied locally. An implementation of one's own takes the place of a name:
+`reference.py` specifies each. A local implementation runs in a `shard_map`, on the parts that a device has: of the
+tokens and the heads in `attend`, of the tokens in `top_k` and `argmax`. One that is not takes whole arrays, whose
+layouts jax derives. A weight that is not a single array (`QuantizedArray`, `PackedBfloat16`) is always multiplied
+locally, and dequantised first unless the implementation takes any storage. An implementation of one's own takes the
+place of a name:
 
     def my_matmul(x, w, *, dtype=None):
         return my_kernel(x, w).astype(dtype or x.dtype)
@@ -36,7 +38,7 @@ from glm_jax.kernels.attention import blockwise_attend
 from glm_jax.kernels.expert_loop import expert_loop
 from glm_jax.kernels.grouped import block_gmm_experts
 from glm_jax.kernels.storage import Storage
-from glm_jax.sharding import platform, shard_local
+from glm_jax.sharding import PackedBfloat16, QuantizedArray, all_gather_dim, platform, shard_local
 
 MAX_DENSE_TOKENS = 512  # of a TPU's decode step, for which grouped products would copy the experts out of the stack
 
@@ -49,14 +51,21 @@ class Operation:
         name: what reports call it.
         function: the implementation, with the operation's interface.
         local: it takes one device's own part of its operands, in a `shard_map`.
+        any_storage: it takes weights as they are held. Otherwise it gets arrays, dequantised to the dtype of its first
+            operand.
     """
 
     name: str
     function: Callable[..., Any] = dataclasses.field(repr=False)
     local: bool = False
+    any_storage: bool = False
 
     def __call__(self, *operands: Any, **options: Any) -> Any:
-        """The function itself."""
+        """The function itself, with weights as it takes them."""
+        if not self.any_storage:
+            dtype = operands[0].dtype
+            operands = tuple(_dequantized(each, dtype) for each in operands)
+            options = {name: _dequantized(each, dtype) for name, each in options.items()}
         return self.function(*operands, **options)
 
     def is_local_for(self, weight: Any) -> bool:
@@ -64,11 +73,11 @@ class Operation:
         return self.local or not isinstance(weight, jax.Array)
 
     def by_row(self, x: jax.Array, **options: Any) -> jax.Array:
-        """The operation over the last dimension of x [..., n], which no device has only a part of: [..., m]."""
+        """The operation over the last dimension of x [..., n], of which a local one gets all: [...] or [..., m]."""
         if not self.local:
             return self(x, **options)
-        layout = [(x, dimension) for dimension in range(x.ndim)]
-        return shard_local(lambda part: self(part, **options), x, layout=layout)
+        layout = [(x, dimension) for dimension in range(x.ndim - 1)]
+        return shard_local(lambda part: self(part, **options), all_gather_dim(x, x.ndim - 1), layout=layout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +169,7 @@ def tpu_experts(load: Load) -> Operation:
 
 
 _EXPERTS = {
-    name: Operation(name, function, local=True)
+    name: Operation(name, function, local=True, any_storage=True)
     for name, function in {
         "dense": reference.dense_experts,
         "block_gmm": block_gmm_experts,
@@ -171,9 +180,9 @@ _EXPERTS = {
 }
 IMPLEMENTATIONS: Mapping[str, Mapping[str, Implementation]] = {
     "matmul": {
-        "reference": Operation("reference", reference.matmul),
-        "flat": Operation("flat", gpu.flat_matmul),
-        "cpu": Operation("cpu", cpu.matmul, local=True),
+        "reference": Operation("reference", reference.matmul, any_storage=True),
+        "flat": Operation("flat", gpu.flat_matmul, any_storage=True),
+        "cpu": Operation("cpu", cpu.matmul, local=True, any_storage=True),
     },
     "attend": {
         "reference": Operation("reference", reference.attend),
@@ -191,6 +200,8 @@ IMPLEMENTATIONS: Mapping[str, Mapping[str, Implementation]] = {
     "argmax": {"reference": Operation("reference", reference.argmax)},
     "storage": {each.name: each for each in (storage.ARRAY, storage.PACKED, storage.LANES)},
 }
+# What may stand for an operation: for all others an `Operation`.
+_KINDS: Mapping[str, tuple[type, ...]] = {"experts": (Operation, ByLoad), "storage": (Storage,)}
 _SHARED: dict[str, Any] = {"attend": "blockwise", "argmax": "reference"}
 _REFERENCE = {name: "reference" for name in ("matmul", "attend", "top_k", "argmax")}
 _ACCELERATOR = {
@@ -246,14 +257,31 @@ def with_implementations(ops: Ops, **chosen: str | Implementation) -> Ops:
     """Return `ops` with other implementations of some operations.
 
     Raises:
-        InputError: an operation or a name does not exist; the message lists those that do.
+        InputError: an operation or a name does not exist, or a value is no implementation of this operation; the
+            message lists what would be right.
     """
     found: dict[str, Any] = {}
     for operation, value in chosen.items():
         if operation not in IMPLEMENTATIONS:
             raise InputError(f"no operation is called {operation!r}; there are {', '.join(IMPLEMENTATIONS)}")
-        known = IMPLEMENTATIONS[operation]
+        known, kinds = IMPLEMENTATIONS[operation], _KINDS.get(operation, (Operation,))
         if isinstance(value, str) and value not in known:
             raise InputError(f"{operation} has no implementation {value!r}; there are {', '.join(known)}")
+        if not isinstance(value, (str, *kinds)):
+            own = "Storage(...)" if operation == "storage" else "Operation('mine', function)"
+            raise InputError(
+                f"{operation} is {value!r:.100}, no implementation; right would be {own}, or one of {', '.join(known)}"
+            )
         found[operation] = known[value] if isinstance(value, str) else value
     return dataclasses.replace(ops, **found)
+
+
+def check_ops(ops: Ops | None) -> None:
+    """Raise InputError unless the `ops` that a caller passes in are such, or None, which leaves them to the model."""
+    if not isinstance(ops, Ops | None):
+        raise InputError(f"ops is {ops!r:.100}; right would be what glm_jax.kernels.ops_for(mesh) returns")
+
+
+def _dequantized(operand: Any, dtype: Any) -> Any:
+    """A weight as an array, whatever its storage; any other operand as it is."""
+    return operand.dequantize(dtype) if isinstance(operand, QuantizedArray | PackedBfloat16) else operand

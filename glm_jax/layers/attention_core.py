@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from glm_jax.kernels.attention import in_query_blocks, masked_scores
 from glm_jax.kernels.precision import precision_of
 from glm_jax.layers.context import ForwardContext
-from glm_jax.sharding import axes_of
+from glm_jax.sharding import axes_of, shard_local
 from glm_jax.sharding.rules import spec_of
 
 
@@ -29,7 +29,15 @@ def attend(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if axes_of(q, 1) or axes_of(k, 2):
         return _attend_split(q, k, v, context, scale=scale)
-    return context.ops.attend(q, k, v, query_positions=context.positions, scale=scale, prefill=context.prefill)
+    operation = context.ops.attend
+
+    def whole_sequences(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> jax.Array:
+        return operation(q, k, v, query_positions=positions, scale=scale, prefill=context.prefill)
+
+    if not operation.local:
+        return whole_sequences(q, k, v, context.positions)
+    layout = [(q, 0), (q, 1), (q, 2), None]
+    return shard_local(whole_sequences, q, k, v, context.positions, layout=layout)
 
 
 def _attend_split(q: jax.Array, k: jax.Array, v: jax.Array, context: ForwardContext, *, scale: float) -> jax.Array:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from glm_jax.configs import ModelConfig
 from glm_jax.configs.notebook import html_table
 from glm_jax.errors import InputError, ShardingError
-from glm_jax.kernels import Ops, ops_for, ops_for_platform
+from glm_jax.kernels import Ops, check_ops, ops_for, ops_for_platform
 from glm_jax.layers.context import ForwardContext
 from glm_jax.layers.embedding import Embedding, Head
 from glm_jax.layers.linear import project
@@ -160,6 +160,7 @@ class Transformer(nnx.Module):
         Raises:
             InputError: tokens are not [B, T] of at least one, out of the vocabulary, or longer than the positions.
         """
+        check_ops(ops)
         if mtp and self.mtp is None:
             raise InputError("this model has no MTP layer (num_mtp_layers is 0)")
         if isinstance(tokens, jax.core.Tracer):

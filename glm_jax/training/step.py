@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax  # type: ignore[import-untyped]
 
 from glm_jax.errors import InputError
-from glm_jax.kernels import Ops
+from glm_jax.kernels import Ops, check_ops
 from glm_jax.model import Transformer
 from glm_jax.model.transformer import forward
 from glm_jax.sharding import PackedBfloat16, QuantizedArray, map_weights, short_repr, weights_by_name
@@ -104,6 +104,7 @@ def build_step(
     Raises:
         InputError: `mtp_drafts` is below 1; at the first step, it is above 1 and sequences are split over devices.
     """
+    check_ops(ops)
     if mtp_drafts < 1:
         raise InputError(f"mtp_drafts must be at least 1, not {mtp_drafts}; mtp_weight 0 leaves the MTP layer out")
 
