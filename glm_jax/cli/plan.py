@@ -121,7 +121,9 @@ def _devices(flags: absl_flags.FlagValues) -> list[Device]:
         raise InputError(f"--tflops {flags.tflops:g} is no rate; right would be in 10^12 operations a second: 989")
     from glm_jax import planning
 
-    names: Sequence[str | None] = [None] if flags.device is None else flags.device.split(",")
+    names: Sequence[str | None] = [None]
+    if flags.device is not None:
+        names = list(dict.fromkeys(name.strip().lower() for name in flags.device.split(",")))
     if len(names) > 1:
         given = [name for name, value in (*figures.items(), ("topology", flags.topology)) if value is not None]
         given += [name for name in ("compile",) if flags[name].value]

@@ -12,7 +12,10 @@ _PREFIXES = "kmgtp"
 _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate(_PREFIXES, 1)}
 _UNITS |= {f"{prefix}ib": 1024**power for power, prefix in enumerate(_PREFIXES, 1)}
-_SMALLEST_DEVICE, _LARGEST_DEVICE = 10**9, 10**13  # bytes that a number without a unit may mean
+_SMALLEST = 10**9  # bytes, or bytes a second, from which on a number without a unit is taken as it stands
+# What a smaller one may mean, in bytes or bytes a second, by flag; the units are tried in this order.
+_LIKELY = {"memory": (10**9, 10**12), "bandwidth": (10**11, 10**14), "link": (10**9, 10**13)}
+_LIKELY_PREFIXES = "gtmk"
 _SPELLINGS = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
 
 
@@ -61,19 +64,20 @@ def _parse(text: str, flag: str, examples: tuple[str, str], *, rate: bool) -> in
             f"--{flag} {text!r} is no size; right would be {what}, or a number with a unit: {', '.join(examples)}"
         )
     size = int(match[1]) * unit + int(match[2] or 0) * unit // 10 ** len(match[2] or "")
+    number = match[1] + (f".{match[2]}" if match[2] else "")
+    if not match[3] and size < _SMALLEST and float(number) > 0:
+        raise InputError(_meant(number, flag, rate=rate))
     if not 1 <= size <= MAX_BYTES:
         raise InputError(f"--{flag} must be at least 1 byte and at most {MAX_BYTES}, not {text}")
-    if not match[3] and size < _SMALLEST_DEVICE:
-        raise InputError(_meant(match[1] + (f".{match[2]}" if match[2] else ""), flag, rate=rate))
     return size
 
 
 def _meant(number: str, flag: str, *, rate: bool) -> str:
     """What a number without a unit says, and what is more likely."""
     second = "/s" if rate else ""
-    decimal = next(
-        (f"{p.upper()}B" for p in "gmk" if _SMALLEST_DEVICE <= float(number) * _UNITS[f"{p}b"] <= _LARGEST_DEVICE), "GB"
-    )
+    low, high = _LIKELY[flag]
+    units = (f"{prefix.upper()}B" for prefix in _LIKELY_PREFIXES if low <= float(number) * _UNITS[f"{prefix}b"] <= high)
+    decimal = next(units, "GB")
     likely = f"--{flag} {number}{decimal}{second}"
     binary = f" or --{flag} {number}{decimal[0]}iB" if not rate else ""
     return f"--{flag} {number} is {number} bytes{' a second' if rate else ''}; probably meant: {likely}{binary}"

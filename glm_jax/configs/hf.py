@@ -98,7 +98,7 @@ def read_hf(source: str | Path | Mapping[str, Any], *, allow_unknown: Collection
     content = text_config(whole)
     model_type = content.get("model_type", MISSING)
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
-        shown = "is missing" if model_type is MISSING else f"{model_type!r} is not supported"
+        shown = "is missing" if model_type is MISSING else f"{model_type!r:.200} is not supported"
         raise ConfigError(f"config.json: model_type {shown}; supported: {', '.join(_FAMILIES)}")
     reader = ConfigReader(content, allow_unknown)
     arguments = _FAMILIES[model_type].read(reader)

@@ -87,7 +87,7 @@ def choose_cluster(
     elif topology is not None:
         raise InputError(f"{kind.name} comes in no topologies; right would be --count and a number")
     if count is None:
-        raise InputError(f"--count, the number of {kind.name} devices, must be given")
+        raise InputError("--count must be given: a number of devices, or auto for the fewest that hold the job")
     if count > MAX_DEVICES:
         raise InputError(f"--count must be at most {MAX_DEVICES}, not {count}")
     return Cluster(kind, count, shape)

@@ -76,7 +76,7 @@ def test_no_jax_before_the_flags_are_parsed(arguments):
         (["generate"], "--model must be given"),
         (["generate", "--model="], "--model must be given"),
         (["convert"], "--source and --target must be given"),
-        (["plan", "--model=glm-4.5", "--device=h200"], "--count, the number of h200 devices, must be given"),
+        (["plan", "--model=glm-4.5", "--device=h200"], "--count must be given: a number of devices, or auto"),
     ],
 )
 def test_misuse_is_one_line(call, arguments, complaint):

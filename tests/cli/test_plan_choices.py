@@ -232,6 +232,11 @@ def test_one_kind_with_the_fewest_devices_has_the_whole_plan(call):
     assert [row["count"] for row in rows] == [8]
 
 
+def test_a_kind_that_is_named_twice_is_one_kind(call):
+    flags = ("--model=tiny-glm", "--count=1", "--json")
+    assert call("plan", *flags, "--device=h100,H100, h100").json == call("plan", *flags, "--device=h100").json
+
+
 def test_as_many_of_each_kind_as_asked(call):
     flags = ("--model=glm-4.5", "--device=h100,h200", "--count=8", "--batch=8", "--weights=bfloat16")
     rows = call("plan", *flags, "--json").json["kinds"]
@@ -272,6 +277,12 @@ def test_a_device_known_by_its_figures_is_timed(call):
             ["--memory=80GB", "--bandwidth=3350", "--tflops=989"],
             "--bandwidth 3350 is 3350 bytes a second; probably meant: --bandwidth 3350GB/s",
         ),
+        (
+            ["--device=h100", "--bandwidth=3.35"],
+            "--bandwidth 3.35 is 3.35 bytes a second; probably meant: --bandwidth 3.35TB/s",
+        ),
+        (["--device=h100", "--link=450"], "--link 450 is 450 bytes a second; probably meant: --link 450GB/s"),
+        (["--device=h100", "--memory=0.08"], "--memory 0.08 is 0.08 bytes; probably meant: --memory 0.08TB"),
         (["--memory=80GB", "--bandwidth=3TB"], "--tflops must be given, too"),
         (["--memory=80GB", "--tflops=989"], "--bandwidth must be given, too"),
         (["--device=h200", "--tflops=989e12"], "--tflops 9.89e+14 is no rate; right would be in 10^12 operations"),

@@ -30,12 +30,12 @@ LAYOUTS: dict[str, tuple[tuple[int, int, int], dict[str, tuple[str, ...]]]] = {
     "other-order": ((2, 2, 2), {"batch": ALL, "experts": ("tensor", "data")}),
     "tokens-whole-on-one-axis": ((2, 2, 2), {"batch": ("data",), "experts": ("data", "expert"), "width": ("tensor",)}),
     "sequence": ((1, 4, 2), {"length": ("expert",), "experts": ("expert", "tensor")}),
-    "stored-apart": ((2, 2, 2), {"batch": ("data", "expert"), "experts": ("expert",), "stored": ("data",)}),
+    "fsdp": ((2, 2, 2), {"batch": ("data", "expert"), "experts": ("expert",), "stored": ("data",)}),
 }
 
 
 CASES = {
-    GATHER: ("experts-and-width", "everywhere", "tokens-whole-on-one-axis", "sequence", "stored-apart"),
+    GATHER: ("experts-and-width", "everywhere", "tokens-whole-on-one-axis", "sequence", "fsdp"),
     ALL_TO_ALL: tuple(LAYOUTS),
     RAGGED: ("experts", "other-order", "tokens-whole-on-one-axis", "sequence"),
 }

@@ -72,7 +72,7 @@ def test_a_prefill_of_long_context_gathers_keys_and_no_weights(mesh, name):
 
 
 @pytest.mark.parametrize("name", ["tiny-glm", pytest.param("tiny-deepseek", marks=pytest.mark.slow)])
-def test_training_gathers_what_is_kept_apart_and_scatters_its_gradient(mesh, name):
+def test_training_gathers_what_is_split_by_fsdp_and_scatters_its_gradient(mesh, name):
     """A step of plain descent, which adds nothing to what the gradients send."""
     rules = dataclasses.replace(rules_named("train"), dispatch="all_to_all")
     model = Transformer.create(MODELS[name], mesh=mesh, rules=rules, stacked=True)
@@ -81,7 +81,7 @@ def test_training_gathers_what_is_kept_apart_and_scatters_its_gradient(mesh, nam
     with jax.set_mesh(mesh):
         batch = place(Batch(mask.astype(np.int32), mask, mask), mesh, model.rules)
         sent = collectives(step.lower(create_state(model, optimizer), batch).compile(compiler_options=AS_USERS))
-    kept = [w for w in weights_by_name(model).values() if is_apart(w)]
+    kept = [w for w in weights_by_name(model).values() if split_by_fsdp(w)]
     scattered = [elements for kind, elements in sent if kind == "reduce-scatter"]
     assert len(scattered) >= len(kept) > 10
     # A gradient that is summed whole and then cut would show as a sum of the size of a matrix.
@@ -90,7 +90,7 @@ def test_training_gathers_what_is_kept_apart_and_scatters_its_gradient(mesh, nam
     assert max(summed) <= largest, sorted(summed)
 
 
-def is_apart(weight: Any) -> bool:
+def split_by_fsdp(weight: Any) -> bool:
     """Whether `fsdp` splits the weight: by the batch's axes, along a dimension that no other rule splits."""
     value = weight.get_raw_value()
     entries = value.sharding.spec[value.ndim - len(weight.axes) :]

@@ -115,7 +115,7 @@ def test_gradients_of_the_training_loss(checkpoint_of, expected_gradient, mesh_o
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_own_rules(checkpoint_of, expected, mesh_of_sizes, model_type):
-    """Those of the documentation: whole experts everywhere, matrices kept apart along `data`."""
+    """Those of the documentation: whole experts everywhere, matrices that FSDP splits along `data`."""
     experts = ("expert", "tensor")
     rules = Rules(heads=("tensor",), kv_heads=("tensor",), expert=experts, mlp=(), fsdp=("data",))
     model = glm_jax.load(checkpoint_of(model_type), mesh=mesh_of_sizes((2, 2, 2)), rules=rules, stacked=False)
@@ -150,7 +150,7 @@ def wide(value: Any) -> Any:
 
 @pytest.mark.parametrize(("model_type", "preset"), COSTLY)
 def test_quantised_weights(checkpoint_of, mesh_of_sizes, one_device, model_type, preset):
-    """A prompt gathers matrices that are kept apart, a decode step moves tokens: with their scales, both are exact."""
+    """A prompt gathers matrices that FSDP splits, a decode step moves tokens: with their scales, both are exact."""
     config = configs.from_hf(checkpoint_of(model_type))
     mesh, rules, tokens = mesh_of_sizes(SIZES[preset]), rules_named(preset), published.tokens(8, 8)
     abstract = with_layer_layout(runtime_model(config, mesh, dtype=np.float32, rules=rules), stacked=False)
