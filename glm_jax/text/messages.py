@@ -156,6 +156,12 @@ def _read_arguments(arguments: Any, where: str) -> Arguments:
         arguments, text = {}, "{}"
     if not isinstance(arguments, Mapping):
         raise TextError(f"{where}.arguments must be a JSON object, not {kind_of(arguments)}")
+    try:
+        json.dumps(arguments)
+    except (TypeError, ValueError) as error:
+        raise TextError(f"{where}.arguments has a value that is not JSON: {error}") from error
+    except RecursionError as error:
+        raise TextError(f"{where}.arguments nests too deeply") from error
     return Arguments(arguments, text)
 
 

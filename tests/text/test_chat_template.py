@@ -210,6 +210,7 @@ def test_a_list_of_named_templates(tmp_path):
         ([{"role": "assistant", "tool_calls": [call("f", '{"a": ')]}], "arguments is not a JSON object"),
         ([{"role": "assistant", "tool_calls": [call("f", "[1]")]}], "must be a JSON object, not a list"),
         ([{"role": "assistant", "tool_calls": [call("f", 5)]}], "must be a JSON object, not a int"),
+        ([{"role": "assistant", "tool_calls": [call("f", {"a": {1}})]}], "arguments has a value that is not JSON"),
         ([{"role": "wizard", "content": "x"}], "refuses these messages: no role is named 'wizard'"),
     ],
 )
