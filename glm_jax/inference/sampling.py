@@ -55,13 +55,13 @@ class Sampler:
         """
         if self.greedy:
             return argmax(logits)
-        logits = _whole_rows(logits) / self.temperature
+        logits = _whole_vocabulary(logits) / self.temperature
         order = None
         if self.filtered:
             order = jnp.argsort(logits, axis=-1, descending=True)
             logits = self._filter(jnp.take_along_axis(logits, order, axis=-1))
-        rows = jnp.zeros_like(positions) + jnp.arange(positions.shape[0])
-        noise = jax.vmap(lambda row, position: _gumbel(self.key, row, position, logits.shape[-1]))(rows, positions)
+        index = jnp.zeros_like(positions) + jnp.arange(positions.shape[0])
+        noise = jax.vmap(lambda i, position: _gumbel(self.key, i, position, logits.shape[-1]))(index, positions)
         choice = argmax(logits + noise)
         if order is not None:
             chosen = jnp.arange(order.shape[-1]) == choice[:, None]
@@ -69,7 +69,7 @@ class Sampler:
         return choice.astype(jnp.int32)
 
     def _filter(self, logits: jax.Array) -> jax.Array:
-        """Set what top_k and top_p exclude to -inf, in rows sorted from likely to unlikely; the first always stays."""
+        """Set what top_k and top_p exclude to -inf, of logits sorted from high to low; the first always stays."""
         ranks = jnp.arange(logits.shape[-1])
         in_top_k = (ranks < self.top_k) | (self.top_k == 0)
         probabilities = jax.nn.softmax(jnp.where(in_top_k, logits, -jnp.inf), axis=-1)
@@ -77,12 +77,12 @@ class Sampler:
         return jnp.where(in_top_k & (reached_before < self.top_p), logits, -jnp.inf)
 
 
-def _gumbel(key: jax.Array, row: jax.Array, position: jax.Array, size: int) -> jax.Array:
-    return jax.random.gumbel(jax.random.fold_in(jax.random.fold_in(key, row), position), (size,))
+def _gumbel(key: jax.Array, sequence: jax.Array, position: jax.Array, size: int) -> jax.Array:
+    return jax.random.gumbel(jax.random.fold_in(jax.random.fold_in(key, sequence), position), (size,))
 
 
-def _whole_rows(logits: jax.Array) -> jax.Array:
-    """The logits with each row whole on one device: a sort over a split vocabulary is not possible."""
+def _whole_vocabulary(logits: jax.Array) -> jax.Array:
+    """The logits with the whole vocabulary on each device: jax cannot sort along a dimension that is split."""
     if jax.sharding.get_abstract_mesh().empty:
         return logits
     return jax.reshard(logits, spec_of(axes_of(logits, 0), None))

@@ -71,11 +71,12 @@ def masked_scores(q: jax.Array, k: jax.Array, query_positions: jax.Array, *, sca
     (batch, length, heads, head_dim), (kv_heads, keys) = q.shape, k.shape[1:3]
     group = heads // kv_heads
     split = (None, 2) if _splits_group(k) else (2, None)
-    rows = reshape(q, (batch, length, kv_heads, group, head_dim), layout=(0, 1, *split, None)).transpose(0, 2, 3, 1, 4)
-    rows = reshape(rows, (batch, kv_heads, group * length, head_dim), layout=(0, 1, 2, None))
+    queries = reshape(q, (batch, length, kv_heads, group, head_dim), layout=(0, 1, *split, None))
+    queries = queries.transpose(0, 2, 3, 1, 4)
+    queries = reshape(queries, (batch, kv_heads, group * length, head_dim), layout=(0, 1, 2, None))
     options: dict[str, Any] = {"precision": precision_of(q.dtype), "preferred_element_type": jnp.float32}
-    # Not a product with transposed keys: a GPU would keep the whole cache transposed and turn it round twice a step.
-    scores = jnp.einsum("bkrh,bksh->bkrs", rows, k.astype(q.dtype), **options)
+    # A product with transposed keys would make a GPU keep the whole cache transposed, and transpose it twice a step.
+    scores = jnp.einsum("bkqh,bksh->bkqs", queries, k.astype(q.dtype), **options)
     scores = reshape(scores, (batch, kv_heads, group, length, keys), layout=(0, 1, 2, None, None))
     seen = jnp.arange(keys) <= query_positions[:, None, None, :, None]
     return jnp.where(seen, scores * scale, -jnp.inf)
@@ -85,8 +86,8 @@ def weighted_values(weights: jax.Array, v: jax.Array, *, dtype: Any) -> jax.Arra
     """Values [B, K, S, I] summed with the weights [B, K, G, T, S] of queries: [B, T, N, I], computed in `dtype`."""
     batch, kv_heads, group, length, keys = weights.shape
     weights = weights.astype(dtype)
-    rows = reshape(weights, (batch, kv_heads, group * length, keys), layout=(0, 1, 2, None))
-    out = jnp.matmul(rows, v.astype(dtype), precision=precision_of(dtype))
+    weights = reshape(weights, (batch, kv_heads, group * length, keys), layout=(0, 1, 2, None))
+    out = jnp.matmul(weights, v.astype(dtype), precision=precision_of(dtype))
     out = reshape(out, (batch, kv_heads, group, length, v.shape[-1]), layout=(0, 1, 2, None, None))
     heads_from = 3 if _splits_group(v) else 2
     shape = (batch, length, kv_heads * group, v.shape[-1])

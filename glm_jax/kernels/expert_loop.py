@@ -1,12 +1,12 @@
 """The routed experts on a CPU: each expert hit is read once, and multiplied with just the rows that chose it.
 
 XLA's CPU backend copies a slice of a stacked weight before it multiplies with it, does not fuse a product into a
-neighbour, and pays page faults for large temporary arrays. The forms here go round that:
+neighbour, and pays page faults for large temporary arrays. These implementations avoid all three:
 
     one token       a loop over its K choices. A product of one row is the one that XLA fuses with the slice: the
                     weights stream from memory once, uncopied, on all cores (`cpu.multiply_row`).
     more tokens     experts sorted by how many rows chose them, and one loop for each bucket of row counts. A switch
-                    on the bucket inside a single loop would copy the output at every turn.
+                    on the bucket inside a single loop would copy the output in every iteration.
         few rows    the product as a sum of elementwise products of narrow column strips: fused with the slice,
                     vectorised, on all cores. Up to twice as fast as copy and product, up to 4 rows.
         many rows   copy and product: the copy is small beside the arithmetic.

@@ -118,7 +118,7 @@ class Ops:
         attend: attention.
         experts: the routed experts, one implementation or a choice by load.
         top_k: the router's choice.
-        argmax: the likeliest token.
+        argmax: the token of the highest logit.
         storage: how weights are held.
         stacked_layers: the layers of a group are stacked for decoding, under a scan; else unrolled.
         exchange: how many tokens get to their experts, a name of `layers.dispatch.DISPATCHES`.

@@ -59,6 +59,6 @@ ARRAY = Storage()
 # XLA's CPU backend turns an array of small floats that is sliced or looked up into float32, all of it, at every call;
 # its int4 arrays are no faster than bytes.
 PACKED = Storage("packed_bfloat16", default_dtype="float32", packs_bfloat16=True, bytes_for_small=True)
-# A TPU lays rows that are not whole registers of 128 lanes across, and each step would turn the whole cache round and
-# back. The padding takes no more memory than that layout does.
+# A TPU stores an array whose last dimension is no multiple of 128 lanes with its dimensions in another order, and each
+# step would transpose the whole cache and transpose it back. The padding takes no more memory than that layout does.
 LANES = Storage("lanes", latent_multiple=128)

@@ -280,7 +280,7 @@ def _padded_round(tokens: Routed, plan: _Plan, window: _Window, run: Run) -> jax
 
 
 def _ragged_round(tokens: Routed, plan: _Plan, window: _Window, run: Run) -> jax.Array:
-    """As `_padded_round`, sending only the rows that there are. Every peer has a place of `capacity` rows."""
+    """As `_padded_round`, sending only the rows in use. The buffer has `capacity` rows for each peer."""
     x, ids = tokens
     capacity, peers = window.capacity, plan.counts.shape[0]
     sizes = window.sent(plan)
@@ -295,7 +295,8 @@ def _ragged_round(tokens: Routed, plan: _Plan, window: _Window, run: Run) -> jax
         buffer = jnp.full_like(array, empty, shape=(peers * capacity, *array.shape[1:]))
         return lax.ragged_all_to_all(array, buffer, first, sizes, mine, received, axis_name=window.axes)
 
-    # Finished before it is sent: what sends turns the rows round, and a compiler would do that to them in float32.
+    # The barrier rounds the results before they are sent: the exchange transposes what it sends, and a compiler would
+    # fuse that with the experts' sum and transpose, and so write, float32.
     got = lax.optimization_barrier(run(there(rows, 0), there(ids.at[plan.order].get(mode="clip"), -1)))
     empty = jnp.zeros_like(got)
     return lax.ragged_all_to_all(got, empty, slots, received, mine, sizes, axis_name=window.axes)

@@ -3,8 +3,8 @@
 The layout is [B, K, S, H] a layer, with a leading L where a group is stacked; latent attention has one "head", the
 latent vector, whatever the number of query heads. A scatter at each sequence's own positions writes new tokens, inside
 `shard_map` so that it stays local; S may be split over devices, each of which writes the positions that it has.
-Compiled for real chips, a dynamic_update_slice into a stacked carry makes the TPU relay the whole cache twice a step,
-and [B, S, K, H] makes the GPU transpose it.
+Compiled for real chips, a dynamic_update_slice into a stacked carry makes the TPU copy the whole cache into another
+layout and back at every step, and [B, S, K, H] makes the GPU transpose it.
 """
 
 from __future__ import annotations
@@ -91,11 +91,13 @@ def _scatter(cache: jax.Array, new: jax.Array, positions: jax.Array, layer: jax.
         if new[..., 0].size == 1:
             # The same token twice: XLA turns a scatter of a single one into a choice between two whole caches.
             new, positions = jnp.repeat(new, 2, axis=1), jnp.repeat(positions, 2, axis=1)
-        if split:  # each device writes the positions that it has; the others fall off the end
+        if (
+            split
+        ):  # each device writes the positions that it has; the others get an index out of bounds, and are dropped
             positions = positions - jax.lax.axis_index(split) * cache.shape[-2]
             positions = jnp.where(positions < 0, cache.shape[-2], positions)
-        # One vector at a time: for a window over the heads a TPU would keep the heads of a position together, and relay
-        # the whole cache before each step and after it.
+        # One vector at a time: for a window over the heads a TPU would store the heads of a position side by side, and
+        # copy the whole cache into that layout before each step and back after it.
         sequences, heads = jnp.arange(new.shape[0])[:, None, None], jnp.arange(new.shape[2])
         new, positions = new.astype(cache.dtype), positions[:, :, None]
         if cache.ndim == 4:

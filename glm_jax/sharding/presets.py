@@ -14,9 +14,9 @@ those, and an axis of size 1 splits nothing.
     train             Weights, gradients and optimizer split over every device: experts over `expert`, heads and widths
                       over `tensor`, and all matrices besides over `data x expert` (`fsdp`), gathered where they are
                       used, their gradients summed and split again. Tokens go to their experts (all-to-all).
-    long_context      Few long sequences. Their tokens and the rows of their cache are split over `expert`: keys and
-                      values of a prompt are gathered for each layer, and a decode step attends to each device's rows
-                      and combines the results. Heads, widths and experts as by default.
+    long_context      Few long sequences. Their tokens, in the cache, too, are split over `expert`: keys and values of
+                      a prompt are gathered for each layer, and in a decode step each device attends to the tokens
+                      that it has, and the results are combined. Heads, widths and experts as by default.
 """
 
 from __future__ import annotations

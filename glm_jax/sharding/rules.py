@@ -28,7 +28,7 @@ class Rules:
 
     Attributes:
         batch: sequences of tokens and their cache. Where the batch does not divide, trailing axes are left out.
-        length: tokens of a sequence, and the rows of its cache (sequence parallelism). Of these, axes that split the
+        length: tokens of a sequence, in its cache, too (sequence parallelism). Of these, axes that split the
             batch already are left out, and trailing ones where the length does not divide.
         heads: query heads and the output projection's input.
         kv_heads: key and value heads and their cache. They must divide: fewer kv heads than `tensor` devices are
@@ -180,7 +180,7 @@ def batch_axes(batch: int, mesh: Mesh, rules: Rules | None = None) -> MeshAxes:
 
 
 def length_axes(batch: int, length: int, mesh: Mesh, rules: Rules | None = None) -> MeshAxes:
-    """The mesh axes over which the tokens of each sequence, or the rows of its cache, are split."""
+    """The mesh axes over which the tokens of each sequence, in its cache, too, are split."""
     rules = rules or Rules()
     taken = batch_axes(batch, mesh, rules)
     return longest_that_divides(length, tuple(axis for axis in rules.length if axis not in taken), mesh)

@@ -1,4 +1,4 @@
-"""Tokens are drawn from the distributions that the settings say, computed here by numpy; the likeliest is the first."""
+"""Tokens are drawn from the distributions that the settings say, computed here by numpy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scipy import stats
 
 from glm_jax.inference.config import Sampling
 from glm_jax.inference.sampling import Sampler
-from glm_jax.kernels.reference import argmax as likeliest
+from glm_jax.kernels.reference import argmax
 
 DRAWS = 20_000
 UNLIKELY = 1e-4  # a right sampler fails so often; the seeds are fixed, so that these draws do not
@@ -25,7 +25,7 @@ MASKED = [1.0, NO, 2.0, NO, 1.5, -2.0, NO, NO]
 def sampled(logits, positions, **settings) -> np.ndarray:
     """What the sampler chooses for logits [B, V]."""
     sampler = Sampler.create(Sampling(max_new_tokens=1, **settings))
-    choose = jax.jit(lambda sampler, logits, positions: sampler(logits, positions, argmax=likeliest))
+    choose = jax.jit(lambda sampler, logits, positions: sampler(logits, positions, argmax=argmax))
     return np.asarray(choose(sampler, jnp.asarray(logits, jnp.float32), jnp.asarray(positions, jnp.int32)))
 
 
@@ -101,7 +101,7 @@ def of_positions(**settings) -> np.ndarray:
     """Draws of the one row of a batch at one position after the other."""
     logits, positions = np.broadcast_to(LOGITS, (DRAWS, 1, len(LOGITS))), np.arange(DRAWS)[:, None]
     sampler = Sampler.create(Sampling(max_new_tokens=1, **settings))
-    choose = jax.jit(lambda sampler, *of: jax.vmap(functools.partial(sampler, argmax=likeliest))(*of))
+    choose = jax.jit(lambda sampler, *of: jax.vmap(functools.partial(sampler, argmax=argmax))(*of))
     return np.asarray(choose(sampler, jnp.asarray(logits, jnp.float32), jnp.asarray(positions)))[:, 0]
 
 
@@ -146,12 +146,12 @@ def test_greedy_is_the_first_of_the_highest_whatever_the_seed():
 def test_the_likeliest_is_the_first_of_the_highest(shape):
     """Of few different numbers, so that most rows have several highest."""
     logits = np.random.default_rng(0).integers(-3, 3, shape).astype(np.float32)
-    found = jax.jit(likeliest)(logits)
+    found = jax.jit(argmax)(logits)
     assert found.dtype == jnp.int32
     np.testing.assert_array_equal(found, np.argmax(logits, axis=-1))
 
 
 def test_infinities_and_what_is_no_number():
     rows = [[NO, NO, 1.0], [NO] * 3, [2.0, np.inf, np.inf], [-0.0, 0.0, -1.0]]
-    np.testing.assert_array_equal(likeliest(jnp.asarray(rows)), [2, 0, 1, 0])
-    assert 0 <= int(likeliest(jnp.full((5,), jnp.nan))) < 5
+    np.testing.assert_array_equal(argmax(jnp.asarray(rows)), [2, 0, 1, 0])
+    assert 0 <= int(argmax(jnp.full((5,), jnp.nan))) < 5

@@ -132,15 +132,15 @@ def test_the_mask_is_what_the_model_writes_after_the_prompt(many, tokenizer, tem
 
 
 def test_what_is_learnt_in_full(tokenizer, template):
-    def learnt(sample: Sample) -> list[str]:
+    def trained_text(sample: Sample) -> list[str]:
         ids, mask = demo_tasks.encode(sample, tokenizer, template)
         return [tokenizer.decode(ids[start:end].tolist()) for start, end in runs(mask)]
 
-    (text,) = learnt(demo_tasks.make("sum", THINKING, random.Random(0), size=3))
+    (text,) = trained_text(demo_tasks.make("sum", THINKING, random.Random(0), size=3))
     assert re.fullmatch(r"\n<think>\d+[+-]\d=\d+\n\d+[+-]\d=\d+</think>\n\d+<\|user\|>", text)
-    (text,) = learnt(demo_tasks.make("cups", DIRECT, random.Random(0)))
+    (text,) = trained_text(demo_tasks.make("cups", DIRECT, random.Random(0)))
     assert re.fullmatch(r"\n\d<\|user\|>", text)
-    call, answer = learnt(demo_tasks.make("tool", DIRECT, random.Random(0)))
+    call, answer = trained_text(demo_tasks.make("tool", DIRECT, random.Random(0)))
     assert call.startswith("\n<tool_call>calculator\n") and call.endswith("</tool_call><|observation|>")
     assert re.fullmatch(r"\nThe result is \d+\.<\|user\|>", answer)
 

@@ -18,7 +18,7 @@ BATCH = Batch(TOKENS, LEARNT, np.ones_like(LEARNT))
 
 
 def reference(logits, shift):
-    """torch's mean cross entropy, with the labels that are not learnt ignored."""
+    """torch's mean cross entropy, with the labels outside the loss mask ignored."""
     labels = torch.from_numpy(np.where(LEARNT, TOKENS, -100)[:, shift:]).long()
     rows = torch.from_numpy(logits[:, : labels.shape[1]])
     return torch.nn.functional.cross_entropy(rows.flatten(0, 1), labels.flatten(), ignore_index=-100).item()
