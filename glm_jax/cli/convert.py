@@ -30,9 +30,9 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
         ("dequantize", "keep"),
         "what becomes of quantised weights: bfloat16, or values and scales as they are",
     )
-    absl_flags.DEFINE_enum("quantized", choices[0], choices, text, flag_values=flags)
+    absl_flags.DEFINE_enum("quantized", choices[0], choices, text, case_sensitive=False, flag_values=flags)
     methods, text = ("int8", "fp8", "int4", "fp8-blocks"), "quantise experts and dense projections on the way"
-    absl_flags.DEFINE_enum("quantize", None, methods, text, flag_values=flags)
+    absl_flags.DEFINE_enum("quantize", None, methods, text, case_sensitive=False, flag_values=flags)
     text = "this process among those that share the conversion, such as 0/4 to 3/4; the last to end completes it"
     absl_flags.DEFINE_string("shard", "0/1", text, flag_values=flags)
     absl_flags.DEFINE_bool("verify", False, "compare both sides, byte by byte, before it is done", flag_values=flags)

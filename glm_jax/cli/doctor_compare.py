@@ -43,7 +43,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     text_flag("prompt", "with --compare: the text to run")
     text_flag("mesh", "with --compare: devices along each axis, as data=1,expert=4,tensor=2")
     text = "with --compare: of both models; by default float32, in which the tolerance is narrow"
-    absl_flags.DEFINE_enum("dtype", None, DTYPES, text, flag_values=flags)
+    absl_flags.DEFINE_enum("dtype", None, DTYPES, text, case_sensitive=False, flag_values=flags)
 
 
 def check_flags(flags: absl_flags.FlagValues) -> None:

@@ -20,7 +20,9 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_string("source", None, "directory written by glm-jax convert", flag_values=flags)
     absl_flags.DEFINE_string("target", None, "directory to make; absent or empty", flag_values=flags)
     forms, text = ("bfloat16", "fp8-blocks", "fp8", "int8", "int4"), "write experts and dense projections in this form"
-    absl_flags.DEFINE_enum("weights", None, forms, f"{text}; by default as they are stored", flag_values=flags)
+    absl_flags.DEFINE_enum(
+        "weights", None, forms, f"{text}; by default as they are stored", case_sensitive=False, flag_values=flags
+    )
     text = "size at which a new file begins"
     absl_flags.DEFINE_integer("max_shard_bytes", 5_000_000_000, text, lower_bound=1, flag_values=flags)
     define_json(flags)

@@ -157,4 +157,4 @@ def _rules(flags: absl_flags.FlagValues, job: Job) -> tuple[Rules, ...]:
     from glm_jax.planning.ranking import candidates
     from glm_jax.sharding import rules_named
 
-    return candidates(job.kind) if flags.rules is None else (rules_named(flags.rules.lower()),)
+    return candidates(job.kind) if flags.rules is None else (rules_named(flags.rules),)

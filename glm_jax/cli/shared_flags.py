@@ -79,9 +79,9 @@ def define_loading(flags: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_string("mesh", None, text, flag_values=flags)
     define_rules(flags)
     text = "of the weights; by default float32 on CPU and bfloat16 elsewhere"
-    absl_flags.DEFINE_enum("dtype", None, DTYPES, text, flag_values=flags)
+    absl_flags.DEFINE_enum("dtype", None, DTYPES, text, case_sensitive=False, flag_values=flags)
     text = "run quantised weights as they are stored, or as weights of --dtype (faster on a CPU, but larger)"
-    absl_flags.DEFINE_enum("quantized", "keep", QUANTIZED, text, flag_values=flags)
+    absl_flags.DEFINE_enum("quantized", "keep", QUANTIZED, text, case_sensitive=False, flag_values=flags)
     text = "a directory to keep compiled programs in, and to take them from (glm-jax plan --compile --cache fills it)"
     absl_flags.DEFINE_string("cache", None, text, flag_values=flags)
     text = "only these decoder layers, as 0:4, to try a part of a large model; by default all"

@@ -8,6 +8,7 @@ axis types a layout that does not fit fails when the program is traced, instead 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 import jax
@@ -62,9 +63,11 @@ def mesh_sizes(text: str) -> tuple[int, int, int]:
     """
     sizes: dict[str, int] = {}
     for part in filter(None, text.replace(" ", "").split(",")):
-        name, _, size = part.partition("=")
-        if name not in AXIS_NAMES or name in sizes or not (size.isascii() and size.isdecimal()):
-            raise ShardingError(f"mesh {text!r}: {part!r} is wrong; right would be 'data=1,expert=4,tensor=2'")
+        name, _, size = part.lower().partition("=")
+        if name not in AXIS_NAMES or name in sizes or not re.fullmatch("[0-9]{1,9}", size):
+            raise ShardingError(
+                f"mesh {text!r:.100}: {part!r:.100} is wrong; right would be 'data=1,expert=4,tensor=2'"
+            )
         sizes[name] = int(size)
     data, expert, tensor = (sizes.get(name, 1) for name in AXIS_NAMES)
     return data, expert, tensor

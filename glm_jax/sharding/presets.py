@@ -42,11 +42,11 @@ def name_of(rules: Rules) -> str | None:
 
 
 def rules_named(name: str) -> Rules:
-    """The preset of that name.
+    """The preset of that name, in any case.
 
     Raises:
         ShardingError: there is none; the message lists them.
     """
-    if name not in PRESETS:
+    if name.lower() not in PRESETS:
         raise ShardingError(f"no rules are called {name!r}; known: {', '.join(PRESETS)}")
-    return PRESETS[name]
+    return PRESETS[name.lower()]

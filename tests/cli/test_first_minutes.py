@@ -43,16 +43,20 @@ def test_inspect_of_a_directory_without_anything(call, tmp_path):
     "verb",
     [
         ["convert", "--target=out", "--source"],
-        ["inspect", "--model"],
         ["generate", "--tokens=5", "--model"],
         ["chat", "--message=a", "--model"],
     ],
 )
-@pytest.mark.parametrize("name", ["zai-org/GLM-4.5-Air", "deepseek-ai/DeepSeek-V3.1"])
+@pytest.mark.parametrize("name", ["zai-org/GLM-4.5-Air", "someone/Tuned-Air"])
 def test_a_name_of_the_hub_is_told_how_to_get_at_it(call, monkeypatch, tmp_path, verb, name):
     monkeypatch.chdir(tmp_path)
     said = call(*verb, name).complaint
     assert f"hf://{name}" in said and f"hf download {name} --local-dir {name.split('/')[1]}" in said
+
+
+def test_inspect_takes_the_names_of_published_checkpoints_and_has_a_hint_for_others(call):
+    assert call("inspect", "--model=zai-org/GLM-4.5-Air").out.startswith("zai-org/GLM-4.5-Air (preset)")
+    assert "hf download someone/Tuned-Air" in call("inspect", "--model=someone/Tuned-Air").complaint
 
 
 def test_python_gives_the_same_hint_and_plain_paths_get_none(tmp_path):

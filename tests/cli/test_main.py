@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 
@@ -81,6 +82,24 @@ def test_no_jax_before_the_flags_are_parsed(arguments):
 )
 def test_misuse_is_one_line(call, arguments, complaint):
     assert call(*arguments).complaint.startswith(complaint)
+
+
+@pytest.mark.parametrize(
+    ("verb", "flag", "written", "meant"),
+    [
+        ("generate", "dtype", "BFloat16", "bfloat16"),
+        ("generate", "quantized", "Dequantize", "dequantize"),
+        ("convert", "quantize", "INT8", "int8"),
+        ("convert", "quantized", "KEEP", "keep"),
+        ("export", "weights", "FP8-Blocks", "fp8-blocks"),
+        ("doctor", "dtype", "Float32", "float32"),
+    ],
+)
+def test_choices_are_taken_in_any_case(verb, flag, written, meant):
+    flags = absl_flags.FlagValues()
+    importlib.import_module(f"glm_jax.cli.{verb}").define_flags(flags)
+    flags([verb, f"--{flag}={written}"])
+    assert flags[flag].value == meant
 
 
 def test_flags_can_be_written_in_both_ways(call):

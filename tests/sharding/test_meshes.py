@@ -137,7 +137,18 @@ def test_the_expert_width_of_air_divides_over_eight(mesh_of_sizes):
 
 
 @pytest.mark.parametrize(
-    "text", ["data=0", "tensor=16", "data", "model=2", "data=1,data=2", "tensor=-1", "tensor=1.5", "expert=²"]
+    "text",
+    [
+        "data=0",
+        "tensor=16",
+        "data",
+        "model=2",
+        "data=1,data=2",
+        "tensor=-1",
+        "tensor=1.5",
+        "expert=²",
+        f"data={'9' * 5000}",
+    ],
 )
 def test_meshes_that_cannot_be_are_refused(text):
     with pytest.raises(ShardingError) as caught:
@@ -147,6 +158,7 @@ def test_meshes_that_cannot_be_are_refused(text):
 
 def test_a_mesh_is_written_as_it_is_read():
     assert describe(parse_mesh("tensor=2, expert=4")) == "data=1,expert=4,tensor=2"
+    assert parse_mesh("Tensor=2,EXPERT=4") == parse_mesh("tensor=2,expert=4")
     assert describe(default_mesh(glm_jax.configs.get("tiny-glm"))) == "data=1,expert=8,tensor=1"
     assert describe(default_mesh(glm_jax.configs.get("glm-4.5"))) == "data=1,expert=8,tensor=1"
 
