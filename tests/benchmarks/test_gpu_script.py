@@ -23,6 +23,7 @@ def result() -> dict:
     return gpu.run_all(jax.devices("cpu")[0], tiny=True, budget=400)
 
 
+@pytest.mark.slow
 def test_every_section_has_rows_and_no_failure(result):
     assert list(result["sections"]) == ["machine", "parity", "model", "decodes", "prefills", "generations"]
     assert all(section["rows"] and "error" not in section for section in result["sections"].values())
@@ -30,6 +31,7 @@ def test_every_section_has_rows_and_no_failure(result):
     assert json.loads(json.dumps(result))["sections"] == result["sections"]
 
 
+@pytest.mark.slow
 def test_parity_holds_and_speeds_are_fractions(result):
     assert result["parity_within_limits"]
     for name, key in (("decodes", "of_copy_bandwidth"), ("prefills", "of_matmul_rate")):

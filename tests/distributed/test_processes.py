@@ -92,6 +92,7 @@ def check_load(orbax, one, arrays, found) -> None:
     assert [process["tokens"] for process in found] == [expected] * len(found)
 
 
+@pytest.mark.slow
 def test_two_by_two_hold_the_weights_of_one(orbax, one, arrays, tmp_path):
     found = worker(2, 2, tmp_path, orbax, "expert=2,tensor=2")
     assert [(process["index"], process["count"], process["devices"]) for process in found] == [

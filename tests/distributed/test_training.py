@@ -36,6 +36,7 @@ def alone(one_device, tmp_path_factory):
     return directory, state, first, second
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_from_what_two_saved(alone, mesh_of_sizes, tmp_path):
     _, state, first, second = alone
     for losses in trainers(tmp_path, before="", after=tmp_path / "two", mesh="data=2,tensor=2"):

@@ -27,7 +27,7 @@ def test_on_a_tpu_latent_rows_are_whole_lanes(platform, width):
     assert widths("glm-4.5", platform) == {128}
 
 
-@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("stacked", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_lanes_that_hold_nothing_change_nothing(monkeypatch, one_device, stacked):
     model = Transformer.create(configs.get("tiny-deepseek"), mesh=one_device, stacked=stacked)
     prompts = [[1, 2, 3, 4, 5], [6, 7]]

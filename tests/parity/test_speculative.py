@@ -13,7 +13,9 @@ from tests.inference.checkpoints import FAMILIES
 NEW = 48
 
 
-@pytest.mark.parametrize("family", [*FAMILIES[:2], pytest.param(FAMILIES[2], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", [FAMILIES[0], *(pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES[1:])]
+)
 def test_random_checkpoints(tmp_path, one_device, family):
     """Of both kinds: drafts that are nearly always wrong, and drafts that are often right."""
     for seed, directory in enumerate(

@@ -24,7 +24,13 @@ def saved(one_device, tmp_path_factory):
     return directory, train(one_device, step, state, steps=2)[1]
 
 
-@pytest.mark.parametrize(("sizes", "rules"), [((1, 1, 1), "default"), ((2, 2, 2), "train"), ((1, 4, 2), "default")])
+@pytest.mark.parametrize(
+    ("sizes", "rules"),
+    [
+        ((2, 2, 2), "train"),
+        *(pytest.param(sizes, "default", marks=pytest.mark.slow) for sizes in ((1, 1, 1), (1, 4, 2))),
+    ],
+)
 def test_it_goes_on_elsewhere(saved, mesh_of_sizes, sizes, rules):
     directory, losses = saved
     mesh = mesh_of_sizes(sizes)
