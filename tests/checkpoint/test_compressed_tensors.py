@@ -347,7 +347,7 @@ def test_names_in_the_config_of_a_multimodal_checkpoint_may_have_its_prefix(tmp_
 # --- conversion in pieces -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("most", [700, 3000])
+@pytest.mark.parametrize("most", [700, pytest.param(3000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "kind", ["int4-asymmetric", "int3-asymmetric", "int8-group-asymmetric", "fp8-tensor", "fp8-block"]
 )

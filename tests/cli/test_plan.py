@@ -112,7 +112,13 @@ def test_checkpoints_of_both_kinds_and_a_bare_config(call, hf, orbax, tmp_path):
     assert call("plan", f"--model={tmp_path}", *flags).json["meshes"] == totals[0]
 
 
-@pytest.mark.parametrize("model", glm_jax.configs.names())
+ONE_OF_EACH_FAMILY = ("glm-4.5", "deepseek-v3", "kimi-k2", "glm-4.7-flash")
+PRESETS = [
+    pytest.param(name, marks=() if name in ONE_OF_EACH_FAMILY else pytest.mark.slow) for name in glm_jax.configs.names()
+]
+
+
+@pytest.mark.parametrize("model", PRESETS)
 def test_every_preset_is_planned(call, model):
     flags = ["--device=v5p", "--count=512", "--batch=512", "--json"]
     assert call("plan", f"--model={model}", *flags).json["meshes"]

@@ -80,6 +80,12 @@ def test_what_is_not_clear_is_no_call(inside):
     assert every_way(text, tools=TOOLS) == [B(text)]
 
 
+def test_a_call_without_its_last_value_ends_where_it_is_closed():
+    inside = "<arg_key>path</arg_key><arg_value>a</arg_value></arg_key><arg_key>mode</arg_key>"
+    call = f"<tool_call>list_dir{inside}</tool_call>"
+    assert every_way(call + "ok", tools=TOOLS) == [B(call), C("ok")]
+
+
 def test_a_key_that_is_there_twice():
     def inside(second: str) -> str:
         value = "<arg_key>path</arg_key><arg_value>{}</arg_value>"
@@ -187,6 +193,9 @@ def test_thoughts_that_end_in_a_call_end_it(name):
     assert found[:2] == [R("As in"), B(cut)]
     assert [event.name for event in found[2:3]] == ["g"] and found[3:] == [C("ok")]
     assert every_way(f"<think>As in {cut}</think>\nok", form) == [R("As in"), B(cut), C("ok")]
+    text = "<arg_value>a</think>b</arg_value></tool_call>" if name == "glm" else '{"a": "a</think>b"}'
+    inside = whole.replace("...", text)
+    assert [event.arguments for event in every_way(f"<think>So.{inside}", form)[1:]] == [{"a": "a</think>b"}]
 
 
 @pytest.mark.parametrize("name", ["glm", "v3", "v3.1", "kimi"])

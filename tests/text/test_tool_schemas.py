@@ -127,3 +127,12 @@ def test_schemas_of_any_form_do_no_harm(schema, shape, text):
     ):
         (found,) = parse(call("f", a=text), tools=tools)
         assert isinstance(found, ToolCall) and list(found.arguments) == ["a"]
+
+
+def test_what_one_of_several_schemas_requires_is_not_required():
+    options = [{"required": ["a"]}, {"required": ["b"]}]
+    shape = {"properties": {"a": {"type": "string"}, "b": {"type": "string"}}, "anyOf": options, "allOf": [{}]}
+    (tool,) = read_tools([{"type": "function", "function": {"name": "f", "parameters": shape}}]).values()
+    assert tool.accepts({"a": "x"}) and tool.accepts({"b": "x"})
+    (tool,) = read_tools([{"name": "f", "parameters": {**shape, "allOf": [{"required": ["a"]}]}}]).values()
+    assert tool.accepts({"a": "x"}) and not tool.accepts({"b": "x"})
