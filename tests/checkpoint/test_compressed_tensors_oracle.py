@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import glm_jax
@@ -179,12 +179,17 @@ def test_any_shape_is_read_to_its_weights(library, case, rows, groups, scale):
     form, weights = case
     group = weights.get("group_size", 1)
     shape = (rows, groups * 32 if group != 1 else groups * 19)
-    stored, read = quantized_by(library, form, weights, shape=shape, scale=scale)
+    try:
+        stored, read = quantized_by(library, form, weights, shape=shape, scale=scale)
+        theirs = read(stored)
+    except RuntimeError as error:  # torch refuses the library's view of the zero points of a single group
+        assume("stride(-1) must be 1" not in str(error))
+        raise
     parts = {name.removeprefix("weight"): to_numpy(tensor) for name, tensor in stored.items()}
     layout, out = read_compressed(config(form, weights)).layouts[0], np.empty(shape, BF16)
     assert {suffix: part.shape for suffix, part in parts.items()} == layout.shapes(shape)
     layout.dequantize(parts, np.arange(shape[0]), np.arange(shape[1]), out=out)
-    assert out.tobytes() == to_numpy(read(stored).to(torch.bfloat16)).tobytes()
+    assert out.tobytes() == to_numpy(theirs.to(torch.bfloat16)).tobytes()
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
